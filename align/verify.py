@@ -1,0 +1,194 @@
+"""Proof by measurement: in float64, on a network that is sensitive, a random permutation changes nothing."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from ..base.architecture import check_same_architecture, full_state
+from ..base.batches import Batch, model_device
+from ..base.errors import SymmetryError
+from .terms import pieces
+
+if TYPE_CHECKING:
+    from .symmetry import Symmetry
+
+TOLERANCE = 1e-8
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was measured.
+
+    Attributes:
+        error: Largest change of the outputs under a random permutation of all groups, relative to their size.
+        sensitivity: Change of the outputs between two different inputs, relative to their size.
+        insensitive: Groups of which no unit reached the outputs, so that nothing is known about them.
+        failing: Groups that change the outputs when they are permuted alone.
+        tolerance: What counts as unchanged.
+    """
+
+    error: float
+    sensitivity: float
+    insensitive: tuple[str, ...]
+    failing: tuple[str, ...]
+    tolerance: float = TOLERANCE
+
+    @property
+    def passed(self) -> bool:
+        """Whether the symmetry holds and the network was sensitive enough to show it."""
+        return not self.failing and not self.insensitive and self.error <= self.tolerance and self.sensitive
+
+    @property
+    def sensitive(self) -> bool:
+        """Whether different inputs gave clearly different outputs."""
+        return self.sensitivity > 1e3 * self.tolerance
+
+    def check(self) -> Verification:
+        """Return itself if the symmetry holds.
+
+        Raises:
+            SymmetryError: It does not, or the network does not react to its input; the failing groups are named.
+        """
+        if self.passed:
+            return self
+        if not self.sensitive:
+            why = (
+                f"its outputs do not depend on its input (relative change {self.sensitivity:.1e}), so nothing is proved"
+            )
+        elif self.insensitive and self.error <= self.tolerance:
+            why = f"the outputs do not depend on group {', '.join(self.insensitive)}, so nothing is proved about it"
+        else:
+            groups = f"group {', '.join(self.failing)}" if self.failing else "no single group, but all together"
+            why = f"permuting {groups} changes the outputs by {self.error:.1e}"
+        raise SymmetryError(f"the symmetry could not be verified in float64: {why}")
+
+
+def verify(
+    symmetry: Symmetry, model: nn.Module, example_inputs: Any, *, tolerance: float = TOLERANCE, seed: int = 0
+) -> Verification:
+    """Measure that random permutations leave a network's outputs unchanged, on a copy in float64.
+
+    Every parameter of the copy is perturbed first, so that no layer is switched off by a zero at initialisation and no two
+    units are alike, and the running statistics of batch norms are set to spread-out values. Then three things are measured: that
+    two inputs give different outputs; that every group has units on which the outputs depend; and that a random
+    permutation of all groups leaves the outputs as they were. If it does not, each group is tried alone.
+
+    Args:
+        symmetry: The claim.
+        model: The network, or one of the same architecture; not changed.
+        example_inputs: As in `symmetry`.
+        tolerance: Largest relative change that counts as none.
+        seed: Seed of the perturbation, the inputs and the permutations.
+
+    Returns:
+        The measurements; `.check()` raises if they do not prove the claim.
+
+    Raises:
+        ArchitectureError: The symmetry belongs to another architecture.
+    """
+    from .symmetry import as_example
+
+    shapes = {name: torch.empty(shape, device="meta") for name, shape in symmetry.shapes.items()}
+    check_same_architecture(shapes, full_state(model), ("the symmetry", "the model"))
+    generator = torch.Generator().manual_seed(seed)
+    probe = copy.deepcopy(model).double().eval()
+    device = model_device(model)
+    _perturb(probe, generator)
+    first = _vary(as_example(example_inputs), generator).to(device, torch.float64)
+    second = _vary(first, generator).to(device, torch.float64)
+    state = full_state(probe)
+    before = _outputs(probe, state, first)
+    sensitivity = _change(before, _outputs(probe, state, second))
+    insensitive = _insensitive(symmetry, probe, first)
+    permutation = symmetry.random(generator)
+    error = _change(before, _outputs(probe, permutation.apply(state), first))
+    failing = []
+    if error > tolerance:
+        for group in symmetry.groups:
+            alone = symmetry.identity()
+            indices = {**alone.indices, group.name: permutation.indices[group.name]}
+            changed = type(alone)(symmetry, indices).apply(state)
+            if _change(before, _outputs(probe, changed, first)) > tolerance:
+                failing.append(group.name)
+    return Verification(error, sensitivity, insensitive, tuple(failing), tolerance)
+
+
+def _perturb(probe: nn.Module, generator: torch.Generator) -> None:
+    variances = {id(m.running_var) for m in probe.modules() if isinstance(getattr(m, "running_var", None), Tensor)}
+    with torch.no_grad():
+        for tensor in (*probe.parameters(), *probe.buffers()):
+            if not tensor.is_floating_point() or tensor.numel() < 2:
+                continue
+            noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.device)
+            if id(tensor) in variances:
+                tensor.mul_(1 + 0.1 * noise.abs())
+            else:
+                spread = tensor.std() if tensor.numel() > 1 else tensor.abs()
+                scale = 0.3 * spread if spread > 0 else torch.full_like(spread, 0.1)
+                tensor.add_(noise * scale)
+
+
+def _vary(batch: Batch, generator: torch.Generator) -> Batch:
+    """Draw other inputs of the same kind: normal noise, or the given integers in another order."""
+
+    def draw(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        if value.is_floating_point():
+            return torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value)
+        order = torch.randperm(value.numel(), generator=generator).to(value.device)
+        return value.flatten()[order].reshape(value.shape)
+
+    return Batch(tuple(map(draw, batch.args)), {name: draw(value) for name, value in batch.kwargs.items()})
+
+
+def _outputs(probe: nn.Module, state: Mapping[str, Tensor], batch: Batch) -> list[Tensor]:
+    with torch.no_grad():
+        return _flatten(torch.func.functional_call(probe, dict(state), batch.args, dict(batch.kwargs)))
+
+
+def _flatten(output: Any) -> list[Tensor]:
+    if isinstance(output, Mapping):
+        output = list(output.values())
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def _change(before: list[Tensor], after: list[Tensor]) -> float:
+    changes = [
+        float((a - b).abs().max() / a.abs().max().clamp_min(torch.finfo(a.dtype).tiny))
+        for a, b in zip(before, after, strict=True)
+        if a.numel()
+    ]
+    return max(changes, default=0.0) if all(change == change for change in changes) else float("inf")
+
+
+def _insensitive(symmetry: Symmetry, probe: nn.Module, batch: Batch) -> tuple[str, ...]:
+    """Name the groups of which fewer than two units have any parameter with an influence on the outputs."""
+    parameters = {name: p for name, p in probe.named_parameters(remove_duplicate=False) if p.is_floating_point()}
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    outputs = _flatten(batch.call(probe))
+    generator = torch.Generator().manual_seed(0)
+    score = sum((o * torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o)).sum() for o in outputs)
+    if not isinstance(score, Tensor) or not score.requires_grad:
+        return tuple(group.name for group in symmetry.groups)
+    names = list(dict.fromkeys(parameters))
+    gradients = torch.autograd.grad(score, [parameters[name] for name in names], allow_unused=True)
+    alive: dict[str, Tensor] = {}
+    for name, gradient in zip(names, gradients, strict=True):
+        if gradient is None:
+            continue
+        for piece in pieces(symmetry.layout[name]):
+            part = piece.get(gradient)
+            for at, dim in enumerate(piece.dims):
+                if dim.group is not None:
+                    live = part.movedim(at, 0).reshape(dim.size, -1).ne(0).any(1)
+                    alive[dim.group] = alive.get(dim.group, torch.zeros_like(live)) | live
+    return tuple(g.name for g in symmetry.groups if g.name not in alive or int(alive[g.name].sum()) < min(2, g.size))
