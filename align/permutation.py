@@ -143,7 +143,7 @@ class Permutation:
     def save(self, path: PathLike) -> Path:
         """Write to a safetensors file that also holds the symmetry, whole or not at all."""
         metadata = {"format": FORMAT, "symmetry": json.dumps(self.symmetry.to_json())}
-        return save_state_dict(self.indices, _safetensors(path), metadata)
+        return save_state_dict(self.indices, check_suffix(path), metadata)
 
     @classmethod
     def load(cls, path: PathLike) -> Permutation:
@@ -156,7 +156,8 @@ class Permutation:
         return cls(Symmetry.from_json(json.loads(metadata["symmetry"])), tensors)
 
 
-def _safetensors(path: PathLike) -> Path:
+def check_suffix(path: PathLike) -> Path:
+    """Refuse a file name that does not end in .safetensors."""
     path = Path(path)
     if path.suffix != ".safetensors":
         raise CheckpointError(f"{path}: permutations and matchings are safetensors files; end the name in .safetensors")

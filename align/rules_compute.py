@@ -10,18 +10,31 @@ from .terms import ONE, product
 from .trace import Axes, Call, rule
 from .unify import blocks, equate, factor, mix
 
-UNARY = (
-    "relu gelu silu sigmoid tanh exp expm1 log log1p log2 sqrt rsqrt neg abs square reciprocal sign floor ceil round erf "
-    "sin cos hardtanh leaky_relu elu celu selu softplus hardswish hardsigmoid mish log_sigmoid_forward threshold "
-    "clamp clamp_min clamp_max relu6 softsign tanhshrink hardshrink softshrink logit isnan isinf nan_to_num trunc frac "
-    "dropout feature_dropout alpha_dropout native_dropout logical_not bitwise_not pow"
-).split()
+UNARY = """
+relu gelu silu sigmoid tanh exp expm1 log log1p log2 sqrt rsqrt neg abs square reciprocal sign floor ceil round erf sin
+cos hardtanh leaky_relu elu celu selu softplus hardswish hardsigmoid mish log_sigmoid_forward threshold clamp clamp_min
+clamp_max relu6 softsign tanhshrink hardshrink softshrink logit isnan isinf nan_to_num trunc frac dropout
+feature_dropout alpha_dropout native_dropout logical_not bitwise_not pow
+"""
 
-POINTWISE = (
-    "add sub rsub mul div true_divide floor_divide maximum minimum fmax fmin where addcmul addcdiv lerp eq ne lt le gt ge "
-    "logical_and logical_or logical_xor bitwise_and bitwise_or remainder fmod atan2 hypot masked_fill _prelu_kernel "
-    "sigmoid_backward xlogy copysign"
-).split()
+POINTWISE = """
+add sub rsub mul div true_divide floor_divide maximum minimum fmax fmin where addcmul addcdiv lerp eq ne lt le gt ge
+logical_and logical_or logical_xor bitwise_and bitwise_or remainder fmod atan2 hypot masked_fill _prelu_kernel xlogy
+copysign
+"""
+
+REDUCTIONS = "sum mean amax amin prod var std logsumexp linalg_vector_norm norm any all var_mean"
+
+POOLS = """
+max_pool1d max_pool2d max_pool3d max_pool2d_with_indices max_pool3d_with_indices mkldnn_max_pool2d avg_pool1d
+avg_pool2d avg_pool3d adaptive_max_pool2d adaptive_max_pool3d adaptive_avg_pool2d adaptive_avg_pool3d
+_adaptive_avg_pool2d _adaptive_avg_pool3d
+"""
+
+RESIZES = """
+upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d upsample_bicubic2d
+upsample_trilinear3d reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d
+"""
 
 
 def broadcast(call: Call, tensors: Sequence[Tensor]) -> Axes:
@@ -40,7 +53,7 @@ def broadcast(call: Call, tensors: Sequence[Tensor]) -> Axes:
     return axes
 
 
-@rule(*UNARY, *POINTWISE)
+@rule(*UNARY.split(), *POINTWISE.split())
 def pointwise(call: Call) -> Axes | tuple[Axes, ...]:
     """Compute each entry from the entries at the same place."""
     axes = broadcast(call, [value for value in call.arguments.values() if isinstance(value, Tensor)])
@@ -221,23 +234,7 @@ def group_norm(call: Call) -> Axes:
     return axes
 
 
-POOLS = [
-    f"{kind}_pool{n}d{suffix}"
-    for kind, suffix in (("max", ""), ("max", "_with_indices"), ("avg", ""), ("_adaptive_avg", ""), ("adaptive_max", ""), ("adaptive_avg", ""))
-    for n in (1, 2, 3)
-]  # fmt: skip
-RESIZES = [f"upsample_{kind}" for kind in ("nearest1d", "nearest2d", "nearest3d", "linear1d", "bilinear2d", "bicubic2d", "trilinear3d")]  # fmt: skip
-
-
-@rule(
-    *POOLS,
-    *RESIZES,
-    "reflection_pad1d",
-    "reflection_pad2d",
-    "replication_pad1d",
-    "replication_pad2d",
-    "mkldnn_max_pool2d",
-)
+@rule(*POOLS.split(), *RESIZES.split())
 def window(call: Call) -> Axes | tuple[Axes, ...]:
     """Combine neighbouring positions of each channel; positions stay where they are."""
     tensor: Tensor = call["self"] if call["self"] is not None else call["input"]

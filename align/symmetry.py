@@ -21,7 +21,7 @@ from .trace import Traced, trace
 from .unify import Reason, Unknown, dependencies, normal
 
 if TYPE_CHECKING:
-    import networkx
+    import networkx as nx
 
     from .permutation import Permutation
     from .verify import Verification
@@ -123,7 +123,7 @@ class Symmetry:
         return tuple(item for item in self.pinned if item.reason.startswith("no rule"))
 
     @cached_property
-    def graph(self) -> networkx.Graph:
+    def graph(self) -> nx.Graph:
         """Bipartite graph of parameter axes, `("axis", name, axis)`, and groups, `("group", name)`."""
         import networkx as nx
 
@@ -190,9 +190,9 @@ class Symmetry:
             raise SymmetryError(f"not a saved symmetry (expected the format {FORMAT!r})")
         return cls(
             tuple(Group(n, s, k, tuple((a, i) for a, i in axes), tuple(w)) for n, s, k, axes, w in value["groups"]),
-            tuple(Pinned(*item) for item in value["pinned"]),
+            tuple(Pinned(n, a, s, k, o, r) for n, a, s, k, o, r in value["pinned"]),
             {name: tuple(from_json(term) for term in terms) for name, terms in value["layout"].items()},
-            tuple(Point(*item, from_json(term)) for *item, term in value["points"]),
+            tuple(Point(m, c, s, a, n, from_json(term)) for m, c, s, a, n, term in value["points"]),
             value["architecture"],
             tuple(value["unsaved"]),
         )
@@ -222,8 +222,8 @@ def symmetry(model: nn.Module, example_inputs: Any, *, verify: bool = True) -> S
 
     Args:
         model: Any module. It is not changed.
-        example_inputs: A tensor, a tuple of positional inputs, or a mapping of keyword inputs. Shapes and types matter; the
-            values only for `verify`.
+        example_inputs: A tensor, a tuple of positional inputs, or a mapping of keyword inputs. Shapes and types matter;
+            the values do not.
         verify: Measure afterwards that a random permutation leaves the outputs unchanged.
 
     Returns:

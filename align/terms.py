@@ -232,15 +232,17 @@ def take(
         index = permutations[group].to(tensor.device)
         outer = within[group]
         if outer:
-            shape = [1] * tensor.ndim
-            for name in (*outer, group):
-                at = d if name == group else piece.partner(d, name)
-                assert at is not None, f"{group} lies within {name}, which this tensor does not have"
-                shape[at] = piece.dims[at].size
-            # dimensions of the index follow `outer`; bring them into the order of the tensor's
-            sources = [piece.partner(d, name) for name in outer] + [d]
-            index = index.permute([sources.index(at) for at in sorted(sources)]).reshape(shape)
+            # the index comes with the outer groups' dimensions and then its own; lay them along the tensor's
+            places = [_place(piece, d, name) for name in outer] + [d]
+            shape = [piece.dims[at].size if at in places else 1 for at in range(tensor.ndim)]
+            index = index.permute([places.index(at) for at in sorted(places)]).reshape(shape)
             tensor = tensor.take_along_dim(index, d)
         else:
             tensor = tensor.index_select(d, index)
     return tensor
+
+
+def _place(piece: Piece, dim: int, group: str) -> int:
+    at = piece.partner(dim, group)
+    assert at is not None, f"{piece.dims[dim].group} lies within {group}, which this tensor does not have"
+    return at

@@ -1,9 +1,9 @@
 """Unification: what the operators of a network demand of its axes, solved as equations between terms.
 
-Each axis of each parameter starts as an unknown. An operator states that two axes are permuted alike (`equate`), that an
-axis is a product or a concatenation (`factor`, `cut`), or that it stays where it is (`pin`). Unknowns are bound to
-terms as the equations come in, as in the unification of logical terms (Robinson 1965); what is still unbound at the end,
-and not pinned, is free to be permuted. Where an equation has no solution in this algebra both sides are pinned:
+Each axis of each parameter starts as an unknown. An operator states that two axes are permuted alike (`equate`), that
+an axis is a product or a concatenation (`factor`, `cut`), or that it stays where it is (`pin`). Unknowns are bound to
+terms as the equations come in, as in the unification of logical terms (Robinson 1965); what is still unbound at the
+end, and not pinned, is free to be permuted. Where an equation has no solution in this algebra both sides are pinned:
 the result is then smaller than it could be, never wrong.
 """
 

@@ -75,9 +75,9 @@ def verify(
 ) -> Verification:
     """Measure that random permutations leave a network's outputs unchanged, on a copy in float64.
 
-    Every parameter of the copy is perturbed first, so that no layer is switched off by a zero at initialisation and no two
-    units are alike, and the running statistics of batch norms are set to spread-out values. Then three things are measured: that
-    two inputs give different outputs; that every group has units on which the outputs depend; and that a random
+    Every parameter of the copy is perturbed first, so that no layer is switched off by a zero at initialisation and no
+    two units are alike; the running statistics of batch norms are spread out likewise. Then three things are measured:
+    that two inputs give different outputs; that every group has units on which the outputs depend; and that a random
     permutation of all groups leaves the outputs as they were. If it does not, each group is tried alone.
 
     Args:

@@ -1,0 +1,160 @@
+"""The matching problem, free of names and shapes: dense pieces of two networks whose dimensions belong to groups.
+
+Every parameter is cut into pieces (see `terms`). For the pieces A of one network and B of the other the problem is to
+find the permutation p of the symmetry that maximises the sum over all pieces of <A, p(B)>: the objective of weight
+matching (Ainsworth et al. 2023, eq. 1), for any structure of groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .assignment import assign, assign_blocks
+from .symmetry import Group, Symmetry
+from .terms import Piece, pieces, take
+
+
+@dataclass
+class Pair:
+    """A piece of the first network beside the same piece of the second, permuted as far as has been found."""
+
+    piece: Piece
+    a: Tensor
+    b: Tensor
+
+    @property
+    def value(self) -> float:
+        """<A, p(B)> in float64."""
+        return float(torch.dot(self.a.flatten().double(), self.b.flatten().double()))
+
+
+@dataclass(frozen=True)
+class Family:
+    """What is assigned at once: a group and, if it is one of blocks, the groups inside its blocks."""
+
+    group: Group
+    inner: tuple[Group, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of its groups."""
+        return (self.group.name, *(group.name for group in self.inner))
+
+
+def families(symmetry: Symmetry) -> list[Family]:
+    """List what can be assigned at once: a group alone, or a group of blocks with the groups inside its blocks."""
+    found = []
+    for group in symmetry.groups:
+        inner = tuple(other for other in symmetry.groups if other.within == (group.name,))
+        if inner or len(group.within) != 1:
+            found.append(Family(group, inner))
+    covered = {name for family in found for name in family.names}
+    return found + [Family(group) for group in symmetry.groups if group.name not in covered]
+
+
+def pairs(symmetry: Symmetry, a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> list[Pair]:
+    """Cut two networks' parameters into pieces; only those with a group are kept, and tied ones once.
+
+    Args:
+        symmetry: Of both networks.
+        a: Parameters of the first, by name.
+        b: Parameters of the second.
+    """
+    return [
+        Pair(piece, piece.get(tensor), piece.get(b[name]))
+        for name, tensor in a.items()
+        for piece in pieces(symmetry.layout[name])
+        if any(dim.group for dim in piece.dims)
+    ]
+
+
+def front(piece: Piece, at: int, family: Family) -> tuple[list[int], str | None]:
+    """Find the dimensions that enumerate a family's units at dimension `at`: its own, and one inside its blocks."""
+    for other, dim in enumerate(piece.dims):
+        inner = next((group for group in family.inner if group.name == dim.group), None)
+        if inner and piece.partner(other, family.group.name) == at:
+            return [at, other], inner.name
+    return [at], None
+
+
+def rows(tensor: Tensor, dims: list[int]) -> Tensor:
+    """Bring dimensions to the front and flatten: (units of `dims`, everything else)."""
+    count = 1
+    for dim in dims:
+        count *= tensor.shape[dim]
+    return tensor.movedim(dims, list(range(len(dims)))).reshape(count, -1)
+
+
+def profile(tensor: Tensor, piece: Piece, dims: list[int]) -> Tensor:
+    """Describe each unit by what no permutation of other groups changes: its values, sorted along their dimensions."""
+    others = [at for at in range(tensor.ndim) if at not in dims]
+    loose = [at for at in others if piece.dims[at].group is not None]
+    held = [at for at in others if at not in loose]
+    ordered = tensor.permute(*dims, *held, *loose)
+    leading = ordered.shape[: len(dims) + len(held)]
+    ordered = ordered.reshape(*leading, -1).sort(-1).values
+    return ordered.reshape(-1, ordered[(0,) * len(dims)].numel())
+
+
+def permute(pair: Pair, indices: Mapping[str, Tensor], symmetry: Symmetry) -> Tensor:
+    """Permute the second network's piece."""
+    return take(pair.b, pair.piece, indices, symmetry.within)
+
+
+@dataclass(frozen=True)
+class Similarities:
+    """Similarity of a family's units in two networks, in float64 on the CPU.
+
+    Attributes:
+        outer: (G, G) for the units of the family's group, or those of blocks that do not depend on the units inside.
+        inner: Per group inside the blocks (G, m, G, m).
+    """
+
+    outer: Tensor
+    inner: dict[str, Tensor]
+
+    @classmethod
+    def zeros(cls, family: Family) -> Similarities:
+        """Start with nothing."""
+        size = family.group.size
+        inner = {g.name: torch.zeros(size, g.size, size, g.size, dtype=torch.float64) for g in family.inner}
+        return cls(torch.zeros(size, size, dtype=torch.float64), inner)
+
+    def add(self, inner: str | None, similarity: Tensor) -> None:
+        """Add a matrix over the units of the group inside the blocks, or over the group itself (None)."""
+        target = self.outer if inner is None else self.inner[inner]
+        target += similarity.to("cpu", torch.float64).reshape(target.shape)
+
+    def solve(self, family: Family) -> dict[str, Tensor]:
+        """Assign the units of every group in the family."""
+        if not self.inner:
+            return {family.group.name: assign(self.outer)}
+        matched, picked = assign_blocks(self.outer, self.inner)
+        return {family.group.name: matched, **picked}
+
+
+def weight_similarities(found: Iterable[Pair], family: Family, *, profiles: bool = False) -> Similarities:
+    """Compute the inner products of all weights of the units of a family, or of their profiles.
+
+    Args:
+        found: The pieces of both networks.
+        family: Whose units.
+        profiles: Compare what no permutation of other groups changes.
+    """
+    total = Similarities.zeros(family)
+    for pair in found:
+        for at, dim in enumerate(pair.piece.dims):
+            if dim.group == family.group.name:
+                dims, inner = front(pair.piece, at, family)
+                a, b = (_rows(tensor, pair.piece, dims, profiles) for tensor in (pair.a, pair.b))
+                # float64 piece by piece: the whole networks are never held in double precision at once
+                total.add(inner, a.double() @ b.double().T)
+    return total
+
+
+def _rows(tensor: Tensor, piece: Piece, dims: list[int], profiles: bool) -> Tensor:
+    return profile(tensor, piece, dims) if profiles else rows(tensor, dims)
