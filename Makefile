@@ -1,0 +1,50 @@
+# Everything runs in a virtual environment of the project's own; `make demo` and `make test` need only Python and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ROOMS := base zoo metrics align merge isthmus isthmus/commands
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+.PHONY: demo test lint format bench studies notebooks clean
+
+demo: $(VENV)/.linked
+	$(BIN)/isthmus demo
+
+test: lint
+	$(BIN)/python -m pytest --cov --cov-report=term
+
+lint: $(VENV)/.linked
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: $(VENV)/.linked
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.linked
+	$(BIN)/python benchmarks/foundation.py
+
+studies: $(VENV)/.linked
+	$(BIN)/python -m pytest -m slow
+
+notebooks: $(VENV)/.linked
+	@for notebook in notebooks/*.ipynb; do \
+		test -e "$$notebook" || { echo "no notebook yet"; break; }; \
+		$(BIN)/jupyter execute --inplace "$$notebook"; \
+	done
+
+# What the project needs, at the tested versions.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt pip setuptools
+	$(PIP) install -c constraints.txt --no-build-isolation -e ".[dev]" --config-settings editable_mode=strict
+	touch $@
+
+# A strict editable install links each file, which type checkers can follow; files that are added need new links.
+$(VENV)/.linked: $(VENV)/.installed $(ROOMS)
+	$(PIP) install --no-deps --no-build-isolation -e . --config-settings editable_mode=strict
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .coverage* isthmus-demo
