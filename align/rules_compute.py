@@ -88,6 +88,18 @@ def reduce(call: Call) -> Axes | tuple[Axes, ...]:
     return (kept, kept) if call.operator == "var_mean" else kept
 
 
+@rule("max", "min")
+def extremum(call: Call) -> Axes | tuple[Axes, ...]:
+    """Find the largest entry of all, or of an axis with its position, or of two tensors at each place."""
+    if call["other"] is not None:
+        return broadcast(call, [call["self"], call["other"]])
+    if call["dim"] is None:
+        return []
+    call.pin(call.axes(call["self"])[call["dim"]])  # the position is part of the result
+    kept = reduce(call)
+    return (list(kept), list(kept))
+
+
 @rule("_softmax", "_log_softmax", "softmax", "log_softmax", "_safe_softmax")
 def softmax(call: Call) -> Axes:
     """Normalise along an axis, in any order."""

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from .terms import ONE, concatenation, product
-from .trace import Axes, Call, rule
+from .trace import Axes, Call, NoRuleError, rule
 from .unify import Unknown, cut, equate, factor
 
 
@@ -38,6 +38,8 @@ def constant_like(call: Call) -> Axes:
 @rule("view", "_unsafe_view", "reshape", "_reshape_alias", "_reshape_copy", "view_copy", "flatten", "unflatten")
 def view(call: Call) -> Axes:
     """Split and merge axes: the sizes are matched from the left, in runs of equal product."""
+    if call["dtype"] is not None:
+        raise NoRuleError  # the same bytes read as another type
     old = [(term, size) for term, size in zip(call.axes(call["self"]), call["self"].shape, strict=True) if size != 1]
     shape = list(call.result.shape)
     if 0 in shape:

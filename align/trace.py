@@ -27,11 +27,16 @@ Axes = list[Any]
 RULES: dict[str, Callable[[Call], Any]] = {}
 
 
+class NoRuleError(Exception):
+    """A rule does not cover this form of its operator; everything that it touches is then pinned."""
+
+
 def rule(*operators: str) -> Callable[[Callable[[Call], Any]], Callable[[Call], Any]]:
     """Register the rule of some ATen operators, by name without overload; `add` serves `add_` as well.
 
     The rule receives a `Call`, equates, splits or pins the axes of its inputs, and returns the axes of the output:
-    a list of terms, or a tuple of such lists for several outputs; outputs without one are pinned throughout.
+    a list of terms, or a tuple of such lists for several outputs; outputs without one are pinned throughout. It may
+    raise `NoRuleError` for a form that it does not cover.
     """
 
     def register(function: Callable[[Call], Any]) -> Callable[[Call], Any]:
@@ -143,8 +148,10 @@ class Tracer(TorchDispatchMode):
             where,
             Reason("operator", packet, f"{packet}{where} combines axes whose blocks do not fit"),
         )
-        axes = found(call)
-        self._assign_outputs(call, outputs, axes)
+        try:
+            self._assign_outputs(call, outputs, found(call))
+        except NoRuleError:
+            self._pin_all(packet, where, inputs, outputs)
         admit(self.axes(tensor) for tensor in itertools.chain(inputs, outputs))
         return result
 
