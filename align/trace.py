@@ -129,7 +129,7 @@ class Tracer(TorchDispatchMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         packet = func._schema.name.removeprefix("aten::")
-        where = f" in {self.place}" if self.place else ""
+        where = f" in {self.place or 'forward'}"
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         if not outputs and not func._schema.is_mutable:  # a question about shape, type or device
