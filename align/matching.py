@@ -148,8 +148,10 @@ def match(
         raise DataError("matching by activations needs data: pass batches of inputs")
     state_a, state_b = full_state(model_a), full_state(model_b)
     check_same_architecture(state_a, state_b, ("model a", "model b"))
-    check_finite(state_a, "model a")
-    check_finite(state_b, "model b")
+    for model, name in ((model_a, "model a"), (model_b, "model b")):
+        # a buffer may hold infinity on purpose, as an attention mask does; NaN nothing may
+        buffers = {key: buffer for key, buffer in model.named_buffers() if buffer.isnan().any()}
+        check_finite({**dict(model.named_parameters()), **buffers}, name)
     first, stream = _first_batch(data)
     if symmetry is None:
         symmetry = derive(model_a, _example(example_inputs, first))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .terms import ONE, product
 from .trace import Axes, Call, rule
-from .unify import blocks, equate, factor, mix
+from .unify import admit, blocks, equate, factor, mix
 
 UNARY = """
 relu gelu silu sigmoid tanh exp expm1 log log1p log2 sqrt rsqrt neg abs square reciprocal sign floor ceil round erf sin
@@ -122,13 +122,18 @@ def _contract(call: Call, left: Tensor, right: Tensor) -> Axes:
     rows = [] if left.ndim == 1 else [a[-2]]
     equate(a[-1], b[-1] if right.ndim == 1 else b[-2], call.reason)
     batch_a, batch_b = list(a[:-2]), list(b[:-2])
+    shared = []
     for index in range(1, min(len(batch_a), len(batch_b)) + 1):
         sizes = left.shape[-2 - index], right.shape[-2 - index]
         if 1 not in sizes:
             equate(batch_a[-index], batch_b[-index], call.reason)
+            shared.append(batch_a[-index])
         elif sizes[0] == 1:
             batch_a[-index] = batch_b[-index]
-    return [*batch_b[: max(len(batch_b) - len(batch_a), 0)], *batch_a, *rows, *columns]
+    batch = [*batch_b[: max(len(batch_b) - len(batch_a), 0)], *batch_a]
+    # every row meets every column, so that what is summed over has one order for all of them, and they for it
+    admit([[*shared, a[-1]], [*batch, *rows], [*batch, *columns]])
+    return [*batch, *rows, *columns]
 
 
 @rule("addmm", "baddbmm", "addmv")
@@ -150,6 +155,7 @@ def linear(call: Call) -> Axes:
     weight = call.axes(call["weight"])
     axes = list(call.axes(call["input"]))
     equate(axes[-1], weight[1], call.reason)
+    admit([[weight[1]], [weight[0]], axes[:-1]])  # as in `_contract`: every row meets every column
     axes[-1] = weight[0]
     if call["bias"] is not None:
         _equate_last(call, axes, call["bias"])

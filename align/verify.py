@@ -151,7 +151,9 @@ def _vary(batch: Batch, generator: torch.Generator) -> Batch:
 
 def _outputs(probe: nn.Module, state: Mapping[str, Tensor], batch: Batch) -> list[Tensor]:
     with torch.no_grad():
-        return _flatten(torch.func.functional_call(probe, dict(state), batch.args, dict(batch.kwargs)))
+        # each name has its own value: a claim may permute the two names of a tied tensor differently
+        call = torch.func.functional_call(probe, dict(state), batch.args, dict(batch.kwargs), tie_weights=False)
+        return _flatten(call)
 
 
 def _flatten(output: Any) -> list[Tensor]:
