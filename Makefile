@@ -11,7 +11,7 @@ demo: $(VENV)/.linked
 	$(BIN)/isthmus demo
 
 test: lint
-	$(BIN)/python -m pytest --cov --cov-report=term
+	$(BIN)/pytest --cov --cov-report=term
 
 lint: $(VENV)/.linked
 	$(BIN)/ruff check .
@@ -26,7 +26,7 @@ bench: $(VENV)/.linked
 	$(BIN)/python benchmarks/foundation.py
 
 studies: $(VENV)/.linked
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/pytest -m slow
 
 notebooks: $(VENV)/.linked
 	@for notebook in notebooks/*.ipynb; do \
