@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import nn
@@ -17,6 +17,8 @@ from .norms import Norm, norm_layer
 from .resnet import resnet
 from .seeding import seeded
 
+Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
+
 # Output channels of each 3x3 convolution, "M" for a pool (Simonyan & Zisserman 2015, Table 1, A, B, D, E).
 _VGG: dict[int, tuple[int | str, ...]] = {
     11: (64, "M", 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M"),
@@ -27,7 +29,12 @@ _VGG: dict[int, tuple[int | str, ...]] = {
 
 
 def mlp(
-    in_features: int = 784, widths: Sequence[int] = (512, 512, 512), classes: int = 10, *, seed: int | None = None
+    in_features: int = 784,
+    widths: Sequence[int] = (512, 512, 512),
+    classes: int = 10,
+    init: Literal["torch", "he"] = "torch",
+    *,
+    seed: int | None = None,
 ) -> nn.Sequential:
     """Make a multilayer perceptron with ReLU; it flattens its input itself.
 
@@ -35,10 +42,12 @@ def mlp(
         in_features: Numbers in one input, channels x height x width for an image.
         widths: Units of each hidden layer; empty for a linear classifier.
         classes: Outputs.
+        init: `"torch"`, PyTorch's own, small weights from which networks grow whose units are easy to match; or `"he"`
+            (He et al. 2015), without which networks of ten hidden layers do not start to learn.
         seed: Seed of the initial weights; None draws them from torch's global generator.
 
     Raises:
-        ArchitectureError: A size is not a positive integer.
+        ArchitectureError: A size is not a positive integer, or there is no such initialisation.
 
     >>> import torch
     >>> mlp(widths=(512, 512, 512), seed=0)(torch.zeros(2, 1, 28, 28)).shape
@@ -46,14 +55,20 @@ def mlp(
     """
     check_positive("mlp", in_features=in_features, classes=classes)
     check_positive("mlp", **{f"widths[{i}]": width for i, width in enumerate(widths)})
+    check_choice("mlp", "init", init, ("torch", "he"))
     layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
     with seeded(seed):
         for i, width in enumerate(widths, 1):
-            layers[f"fc{i}"] = nn.Linear(in_features, width)
+            layers[f"fc{i}"] = _linear(in_features, width, init)
             layers[f"relu{i}"] = nn.ReLU()
             in_features = width
-        layers[f"fc{len(widths) + 1}"] = nn.Linear(in_features, classes)
+        layers[f"fc{len(widths) + 1}"] = _linear(in_features, classes, init)
     return nn.Sequential(layers)
+
+
+def _linear(inputs: int, outputs: int, init: str) -> nn.Linear:
+    layer = nn.Linear(inputs, outputs)
+    return _he(layer) if init == "he" else layer
 
 
 def all_cnn(
@@ -163,12 +178,12 @@ def _add_convolution(
     layers[f"relu{index}"] = nn.ReLU()
 
 
-def _he(convolution: nn.Conv2d) -> nn.Conv2d:
+def _he(layer: Layer) -> Layer:
     # torch's default halves the signal in each of these layers, and a deep network without norms would not start.
-    nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")
-    if convolution.bias is not None:
-        nn.init.zeros_(convolution.bias)
-    return convolution
+    nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
 
 
 def _make_up_for_padding(convolution: nn.Module, image_size: int) -> None:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
+from typing import Literal
 
 import pytest
 import torch
@@ -36,8 +37,14 @@ def test_batches() -> Batches:
     return list(zip(data.inputs().split(1000), data.labels.split(1000), strict=True))
 
 
-def trained(train_set: zoo.Dataset, widths: Sequence[int], recipe: zoo.Recipe, seeds: Sequence[int]) -> list[nn.Module]:
-    models = [zoo.mlp(784, widths, 10, seed=seed) for seed in seeds]
+def trained(
+    train_set: zoo.Dataset,
+    widths: Sequence[int],
+    recipe: zoo.Recipe,
+    seeds: Sequence[int],
+    init: Literal["torch", "he"] = "torch",
+) -> list[nn.Module]:
+    models = [zoo.mlp(784, widths, 10, init, seed=seed) for seed in seeds]
     for seed, model in zip(seeds, models, strict=True):
         zoo.train(model, train_set, zoo.Recipe(**{**vars(recipe), "seed": seed}))
     return models
@@ -86,8 +93,8 @@ def test_merged_networks_keep_the_accuracy_of_their_parents(
 
 def test_repair_opens_the_path_between_deep_narrow_networks(train_set: zoo.Dataset, test_batches: Batches) -> None:
     """REPAIR, table of depth: width 128 and 11 hidden layers, 81.2 % without repair and 95.3 % with it."""
-    recipe = zoo.Recipe(epochs=50, batch_size=1000, lr=0.05, momentum=0.9, weight_decay=0.0)
-    a, b = trained(train_set, (128,) * 11, recipe, (0, 1))
+    recipe = zoo.Recipe(epochs=50, batch_size=1000, lr=0.05, momentum=0.9, weight_decay=5e-3)
+    a, b = trained(train_set, (128,) * 11, recipe, (0, 1), init="he")
     samples = list(train_set.inputs()[:10_000].split(5000))
     aligned = isthmus.match(a, b, samples, method="activations").apply(b)
     plain = isthmus.connect(a, aligned, test_batches, points=3)

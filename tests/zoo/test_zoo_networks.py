@@ -241,3 +241,13 @@ def test_published_resnet20_classifies():
     data = load_data("cifar10", "test", data_dir=SHARED, limit=1000)
     data = dataclasses.replace(data, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
     assert 0.78 < evaluate(model, data)[1] < 0.85
+
+
+def test_he_initialisation_keeps_the_size_of_the_signal() -> None:
+    x = torch.randn(256, 64, generator=torch.Generator().manual_seed(0))
+    deep = (128,) * 12
+    he, default = (mlp(64, deep, 10, init, seed=0)(x).std() for init in ("he", "torch"))
+    assert 0.3 < he < 3.0
+    assert default < 0.1 * he
+    with pytest.raises(ArchitectureError, match="init is 'xavier'; choose from 'torch', 'he'"):
+        mlp(init="xavier")  # pyright: ignore[reportArgumentType]
