@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from ..base.batches import Batch, model_device
 from ..base.progress import progress as bar
+from ..base.running import evaluating
 from ..metrics import Moments, capture
 from .permutation import Permutation
-from .problem import Family, Similarities, families, front, pairs, weight_similarities
+from .problem import Family, Pair, Similarities, families, front, pairs, weight_similarities
 from .symmetry import Point, Symmetry
 from .terms import Piece, pieces
 
@@ -96,11 +97,11 @@ def activation_matching(
 
     The units of a group are looked at where they enter the modules that consume them, so after the nonlinearity;
     where there are several such places, as along a residual stream, the correlations are added. Positions and tokens
-    count as samples. Units that the data cannot tell apart, such as those that never fire, are told apart by weights.
+    count as samples. Units that never fire on the data are told apart by their weights.
 
     Args:
         symmetry: Of both networks.
-        model_a: The reference, in the mode in which it shall run.
+        model_a: The reference; it runs in evaluation mode.
         model_b: The network to be permuted.
         data: Batches.
         product_dtype: Precision of the products of centred activations; sums are in float64.
@@ -114,8 +115,7 @@ def activation_matching(
     scores: dict[str, Tensor] = {}
     objective = 0.0
     for family in families(symmetry):
-        ties = weight_similarities(weights, family, profiles=True)
-        solved = _solve(family, seen[family.group.name], moments, ties)
+        solved = _solve(family, seen[family.group.name], moments, weights)
         indices.update(solved.indices)
         scores.update(solved.scores)
         objective += solved.objective
@@ -133,11 +133,15 @@ def _correlate(
     progress: bool | None,
 ) -> Moments:
     moments = Moments([(f"a:{view.key}", f"b:{view.key}") for view in looks], product_dtype=product_dtype)
+    if not looks:
+        return moments
     layers = {
         side: list(dict.fromkeys(v.point.module for v in looks if v.point.side == side)) for side in ("input", "output")
     }
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
+        stack.enter_context(evaluating(model_a))
+        stack.enter_context(evaluating(model_b))
         captured = {
             (label, side): stack.enter_context(capture(model, names, inputs=side == "input"))
             for label, model in (("a", model_a), ("b", model_b))
@@ -165,17 +169,19 @@ class _Solved:
     objective: float
 
 
-def _solve(family: Family, looks: list[View], moments: Moments, ties: Similarities) -> _Solved:
+def _solve(family: Family, looks: list[View], moments: Moments, weights: list[Pair]) -> _Solved:
     group = family.group
     total = Similarities.zeros(family)
     count = dict.fromkeys(family.names, 0)
+    silent = False
     for view in looks:
-        # a unit that never changes correlates with nothing
-        total.add(view.inner, moments.correlation(f"a:{view.key}", f"b:{view.key}").nan_to_num(0.0))
+        correlation = moments.correlation(f"a:{view.key}", f"b:{view.key}")
+        silent |= bool(correlation.isnan().any())
+        total.add(view.inner, correlation.nan_to_num_(0.0))  # a unit that never changes correlates with nothing
         count[view.inner or group.name] += 1
     if not any(count.values()) or any(not count[name] for name in total.inner):
         return _Solved({}, {}, 0.0)
-    chosen = _with_ties_broken(total, ties).solve(family)
+    chosen = (_with_silent_units(total, family, weights) if silent else total).solve(family)
     matched = chosen[group.name]
     blocks = torch.arange(group.size)
     scores, objective = {}, 0.0
@@ -190,11 +196,10 @@ def _solve(family: Family, looks: list[View], moments: Moments, ties: Similariti
     return _Solved(chosen, scores, objective)
 
 
-def _with_ties_broken(total: Similarities, ties: Similarities) -> Similarities:
-    """Add the weights' similarity, small enough to decide only where correlations are equal to rounding."""
-
-    def broken(a: Tensor, b: Tensor) -> Tensor:
-        return a + 1e-6 * b / b.abs().max().clamp_min(1e-300)
-
-    inner = {name: broken(similarity, ties.inner[name]) for name, similarity in total.inner.items()}
-    return Similarities(broken(total.outer, ties.outer), inner)
+def _with_silent_units(total: Similarities, family: Family, weights: list[Pair]) -> Similarities:
+    """Add the similarity of the weights' profiles, too small to count where there is a correlation."""
+    ties = weight_similarities(weights, family, profiles=True)
+    for correlation, similarity in ((total.outer, ties.outer), *((total.inner[k], ties.inner[k]) for k in ties.inner)):
+        similarity *= 1e-6 / similarity.abs().max().clamp_min(1e-300)
+        similarity += correlation
+    return ties

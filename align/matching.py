@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import json
 from collections.abc import Iterable, Mapping
@@ -17,8 +16,9 @@ from ..base.architecture import check_finite, check_same_architecture, full_stat
 from ..base.batches import Batch, Data, batches
 from ..base.errors import DataError, nearest
 from ..base.files import PathLike, save_state_dict
+from ..base.running import on_device
 from .activations import activation_matching
-from .permutation import Permutation, check_suffix, read_tensors
+from .permutation import Permutation, check_suffix, read_tensors, reading
 from .problem import pairs, rows
 from .symmetry import Symmetry, as_example
 from .symmetry import symmetry as derive
@@ -92,14 +92,15 @@ class Matching:
         """
         metadata, tensors = read_tensors(path, FORMAT)
         parts: dict[str, dict[str, Tensor]] = {"index": {}, "score": {}}
-        for name, tensor in tensors.items():
-            kind, _, group = name.partition(":")
-            parts[kind][group] = tensor
-        facts = json.loads(metadata["matching"])
-        facts["history"] = tuple(tuple(line) for line in facts["history"])
-        facts["by_weights"] = tuple(facts["by_weights"])
-        symmetry = Symmetry.from_json(json.loads(metadata["symmetry"]))
-        return cls(Permutation(symmetry, parts["index"]), scores=parts["score"], **facts)
+        with reading(path):
+            for name, tensor in tensors.items():
+                kind, _, group = name.partition(":")
+                parts[kind][group] = tensor
+            facts = json.loads(metadata["matching"])
+            facts["history"] = tuple(tuple(line) for line in facts["history"])
+            facts["by_weights"] = tuple(facts["by_weights"])
+            symmetry = Symmetry.from_json(json.loads(metadata["symmetry"]))
+            return cls(Permutation(symmetry, parts["index"]), scores=parts["score"], **facts)
 
 
 def match(
@@ -181,8 +182,8 @@ def _match_activations(
     device: torch.device | str | None,
     progress: bool | None,
 ) -> Matching:
-    runnable = [copy.deepcopy(model).to(device).eval() for model in models]
-    found = activation_matching(symmetry, runnable[0], runnable[1], stream, progress=progress)
+    a, b = (on_device(model, device) for model in models)
+    found = activation_matching(symmetry, a, b, stream, progress=progress)
     permutation, scores = found.permutation, found.scores
     if found.unseen:
         permutation = weight_matching(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar, cast, overload
@@ -44,6 +45,10 @@ class Permutation:
     def __post_init__(self) -> None:
         for group in self.symmetry.groups:
             _check_indices(self.symmetry, group, self.indices.get(group.name))
+        for name in self.indices:
+            if name not in self.symmetry.by_name:
+                known = nearest(name, self.symmetry.by_name)
+                raise ArchitectureError(f"indices for {name}, which is no group of this symmetry{known}")
 
     def __eq__(self, other: object) -> bool:
         return (
@@ -153,7 +158,8 @@ class Permutation:
             CheckpointError: The file is missing, damaged or something else.
         """
         metadata, tensors = read_tensors(path, FORMAT)
-        return cls(Symmetry.from_json(json.loads(metadata["symmetry"])), tensors)
+        with reading(path):
+            return cls(Symmetry.from_json(json.loads(metadata["symmetry"])), tensors)
 
 
 def check_suffix(path: PathLike) -> Path:
@@ -183,10 +189,19 @@ def read_tensors(path: PathLike, form: str) -> tuple[dict[str, str], dict[str, T
     return metadata, tensors
 
 
+@contextmanager
+def reading(path: PathLike) -> Iterator[None]:
+    """Name the file, as a CheckpointError, where its content is not what its form promises."""
+    try:
+        yield
+    except (KeyError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error}); save it again") from error
+
+
 def _check_indices(symmetry: Symmetry, group: Group, index: Tensor | None) -> None:
     shape = (*(symmetry.by_name[name].size for name in group.within), group.size)
     if index is None or tuple(index.shape) != shape:
         found = "nothing" if index is None else f"shape {tuple(index.shape)}"
         raise ArchitectureError(f"group {group.name}: indices of shape {shape} expected, {found} given")
-    if not torch.equal(index.sort(-1).values, torch.arange(group.size).expand(shape)):
+    if index.dtype != torch.int64 or not torch.equal(index.sort(-1).values, torch.arange(group.size).expand(shape)):
         raise ArchitectureError(f"group {group.name}: the indices are no permutation of 0 … {group.size - 1}")

@@ -46,14 +46,14 @@ class Family:
 
 
 def families(symmetry: Symmetry) -> list[Family]:
-    """List what can be assigned at once: a group alone, or a group of blocks with the groups inside its blocks."""
-    found = []
-    for group in symmetry.groups:
-        inner = tuple(other for other in symmetry.groups if other.within == (group.name,))
-        if inner or len(group.within) != 1:
-            found.append(Family(group, inner))
-    covered = {name for family in found for name in family.names}
-    return found + [Family(group) for group in symmetry.groups if group.name not in covered]
+    """List what is assigned at once: each group with the groups inside its blocks, and each of those alone.
+
+    Where two inner groups meet in one tensor, the assignment with their blocks sees that tensor for one of them only;
+    alone, with the blocks and all others held, each is assigned exactly.
+    """
+    inner = {group.name: tuple(o for o in symmetry.groups if o.within == (group.name,)) for group in symmetry.groups}
+    outer = [Family(group, inner[group.name]) for group in symmetry.groups if not group.within]
+    return outer + [Family(group) for group in symmetry.groups if group.within]
 
 
 def pairs(symmetry: Symmetry, a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> list[Pair]:
@@ -150,11 +150,12 @@ def weight_similarities(found: Iterable[Pair], family: Family, *, profiles: bool
         for at, dim in enumerate(pair.piece.dims):
             if dim.group == family.group.name:
                 dims, inner = front(pair.piece, at, family)
-                a, b = (_rows(tensor, pair.piece, dims, profiles) for tensor in (pair.a, pair.b))
+                a, b = (describe(tensor, pair.piece, dims, profiles) for tensor in (pair.a, pair.b))
                 # float64 piece by piece: the whole networks are never held in double precision at once
                 total.add(inner, a.double() @ b.double().T)
     return total
 
 
-def _rows(tensor: Tensor, piece: Piece, dims: list[int], profiles: bool) -> Tensor:
+def describe(tensor: Tensor, piece: Piece, dims: list[int], profiles: bool) -> Tensor:
+    """Describe each unit by its values or, if `profiles`, by what no permutation of other groups changes."""
     return profile(tensor, piece, dims) if profiles else rows(tensor, dims)

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..base.batches import Batch
 from ..base.errors import SymmetryError
+from ..base.running import evaluating
 from .unify import Reason, Unknown, admit, fixed, pin
 
 Axes = list[Any]
@@ -195,7 +196,7 @@ def trace(model: nn.Module, batch: Batch) -> Traced:
     fakes = {name: converted[id(tensor)] for name, tensor in sources.items()}
     inputs = _fake_inputs(batch, fake, tracer)
     with ExitStack() as stack:
-        stack.enter_context(_evaluation(model))
+        stack.enter_context(evaluating(model))
         stack.enter_context(_recording(model, tracer, recorded))
         stack.enter_context(torch.no_grad())
         stack.enter_context(fake)
@@ -252,17 +253,6 @@ def _plain(output: Any) -> Any:
     if isinstance(output, (tuple, list)):
         return [_plain(value) for value in output]
     return output
-
-
-@contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 @contextmanager

@@ -12,8 +12,8 @@ from ..base.errors import DataError
 from ..base.progress import progress as bar
 from .assignment import assign
 from .permutation import Permutation
-from .problem import Family, Pair, families, pairs, permute, rows, weight_similarities
-from .symmetry import Symmetry
+from .problem import Family, Pair, describe, families, pairs, permute, weight_similarities
+from .symmetry import Group, Symmetry
 
 # A step counts as an improvement if it raises the objective by more than this part of its upper bound |A| |B|.
 TOLERANCE = 1e-12
@@ -109,7 +109,7 @@ class _Search:
     ) -> None:
         self.symmetry = symmetry
         self.pairs = pairs(symmetry, a, b)
-        self.families = [f for f in families(symmetry) if only is None or set(f.names) & set(only)]
+        self.families = [f for f in families(symmetry) if only is None or set(f.names) <= set(only)]
         self.scale = sum(float(p.a.double().norm() * p.b.double().norm()) for p in self.pairs)
         self.permutation = symmetry.identity()
         self.move_to(start)
@@ -144,6 +144,10 @@ class _Search:
         steps = [self._solve(family, profiles=True) for family in self.families if not family.group.within]
         for step in steps:
             self._commit(step)
+        # now that their blocks lie side by side
+        for family in sorted(self.families, key=lambda family: len(family.group.within)):
+            if family.group.within:
+                self._commit(self._solve(family, profiles=True))
 
     def _neighbours(self, index: int) -> set[int]:
         """Families whose assignment depends on this one: those that share a piece; itself where it meets itself."""
@@ -193,12 +197,11 @@ class _Search:
         """Find the best change of a family's order while everything else stays."""
         group = family.group
         if group.within:
-            return {group.name: self._solve_within(family)}
+            return {group.name: self._solve_within(group, profiles)}
         return weight_similarities(self.pairs, family, profiles=profiles).solve(family)
 
-    def _solve_within(self, family: Family) -> Tensor:
+    def _solve_within(self, group: Group, profiles: bool) -> Tensor:
         """Assign a group separately in every position of the groups around it, which stay."""
-        group = family.group
         sizes = [self.symmetry.by_name[name].size for name in group.within]
         count = int(torch.tensor(sizes).prod())
         total = torch.zeros(count, group.size, group.size, dtype=torch.float64)
@@ -207,6 +210,9 @@ class _Search:
                 if dim.group == group.name:
                     around = [pair.piece.partner(at, name) for name in group.within]
                     dims = [*(d for d in around if d is not None), at]
-                    a, b = (rows(part, dims).double().reshape(count, group.size, -1) for part in (pair.a, pair.b))
+                    a, b = (
+                        describe(part, pair.piece, dims, profiles).double().reshape(count, group.size, -1)
+                        for part in (pair.a, pair.b)
+                    )
                     total += torch.bmm(a, b.transpose(1, 2)).to("cpu")
         return torch.stack([assign(matrix) for matrix in total]).reshape(*sizes, group.size)

@@ -49,8 +49,12 @@ class Batch:
         return Batch(tuple(map(move, self.args)), {k: move(v) for k, v in self.kwargs.items()}, targets)
 
     def call(self, model: nn.Module) -> Any:
-        """Run the model on this batch."""
-        return model(*self.args, **self.kwargs)
+        """Run the model on a copy of this batch, so that an in-place operation at its start leaves the data alone."""
+
+        def copy(value: Any) -> Any:
+            return value.clone() if isinstance(value, Tensor) else value
+
+        return model(*map(copy, self.args), **{name: copy(value) for name, value in self.kwargs.items()})
 
 
 def as_batch(item: Any, index: int = 0) -> Batch:

@@ -1,4 +1,11 @@
-"""The straight path between networks, the repair of what it loses, and merging."""
+"""The straight path between networks, the repair of what it loses, and merging.
+
+The room can itself be called: `isthmus.merge(models, ...)` is the function `merge` of this room.
+"""
+
+import inspect
+import sys
+from types import ModuleType
 
 from .evaluation import Evaluation, evaluate
 from .interpolation import interpolate, weighted_mean
@@ -7,3 +14,13 @@ from .path import Path, connect
 from .repair import repair
 
 __all__ = ["Evaluation", "Merged", "Path", "connect", "evaluate", "interpolate", "merge", "repair", "weighted_mean"]
+
+
+class _CallableRoom(ModuleType):
+    # `isthmus.merge` names this package and, among the public functions, the function: whichever is
+    # imported first, both must work, and the import system binds the package.
+    __call__ = staticmethod(merge)
+
+
+sys.modules[__name__].__class__ = _CallableRoom
+__signature__ = inspect.signature(merge)

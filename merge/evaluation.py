@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +13,7 @@ from torch import Tensor, nn
 
 from ..base.batches import Batch, Data, batches, model_device
 from ..base.errors import DataError
+from ..base.running import evaluating, on_device
 
 Measure = Callable[[Any, Any], Tensor | float]
 
@@ -153,25 +152,6 @@ def accuracy(outputs: Any, targets: Tensor | None) -> float:
     logits, labels = _logits_and_labels(outputs, targets)
     counted = labels != IGNORED
     return int((logits.argmax(-1) == labels)[counted].sum()) / int(counted.sum())
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[nn.Module]:
-    """Hold a network in evaluation mode; each module's own mode is restored on the way out."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield model
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-def on_device(model: nn.Module, device: torch.device | str | None) -> nn.Module:
-    """Give the network itself if it is there already, else a copy on the device."""
-    if device is None or all(tensor.device == torch.device(device) for tensor in model.state_dict().values()):
-        return model
-    return copy.deepcopy(model).to(device)
 
 
 def _weight(measure: Measure, batch: Batch) -> int:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import product
 from operator import length_hint
@@ -20,6 +19,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from ..base.batches import Batch, Data, batches, model_device
 from ..base.errors import DataError, LayerNotFoundError, nearest
 from ..base.progress import progress as progress_bar
+from ..base.running import evaluating, on_device
 from .capture import Activations, Positions, as_samples, capture, check_positions, leaf_layers, unit_axes
 from .cka import cka_from_moments
 from .moments import Moments, Pair
@@ -146,7 +146,7 @@ def compare(
         captured = _watch(sides, stack)
         for batch in progress_bar(batches(data, device), "compare", total, progress):
             for model in captured:
-                _copied(batch).call(model)
+                batch.call(model)
             keys = [side.keys(captured[side.model]) for side in sides]
             samples = _read(sides, keys, captured, positions, unit_axis)
             if moments is None:
@@ -219,8 +219,8 @@ def _sides(model_a: nn.Module, model_b: nn.Module, layers: Any, device: torch.de
     if not per_side and layers is not None and not isinstance(layers, str):
         layers = tuple(layers)  # read once for each side
     chosen_a, chosen_b = layers if per_side else (layers, layers)
-    a = _side(_placed(model_a, device), chosen_a, "model_a.")
-    b = _side(a.model if model_b is model_a else _placed(model_b, device), chosen_b, "model_b.")
+    a = _side(on_device(model_a, device), chosen_a, "model_a.")
+    b = _side(a.model if model_b is model_a else on_device(model_b, device), chosen_b, "model_b.")
     return (replace(a, prefix=""), replace(b, prefix="")) if model_a is model_b else (a, b)
 
 
@@ -231,37 +231,14 @@ def _side(model: nn.Module, layers: str | Iterable[str] | None, prefix: str) -> 
     return _Side(model, prefix, tuple(names), chosen=False)
 
 
-def _placed(model: nn.Module, device: torch.device) -> nn.Module:
-    return model if model_device(model) == device else copy.deepcopy(model).to(device)
-
-
 def _watch(sides: tuple[_Side, _Side], stack: ExitStack) -> dict[nn.Module, Activations]:
     stack.enter_context(torch.no_grad())
     layers = {
         side.model: [name for other in sides if other.model is side.model for name in other.layers] for side in sides
     }
     for model in layers:
-        stack.enter_context(_evaluating(model))
+        stack.enter_context(evaluating(model))
     return {model: stack.enter_context(capture(model, names)) for model, names in layers.items()}
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
-def _copied(batch: Batch) -> Batch:
-    # A network that begins with an in-place operation would change the data of the user and of the other network.
-    def clone(value: Any) -> Any:
-        return value.clone() if isinstance(value, Tensor) else value
-
-    return Batch(tuple(map(clone, batch.args)), {key: clone(value) for key, value in batch.kwargs.items()})
 
 
 def _pairs(names_a: list[str], names_b: list[str]) -> list[Pair]:
