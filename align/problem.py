@@ -65,7 +65,7 @@ def pairs(symmetry: Symmetry, a: Mapping[str, Tensor], b: Mapping[str, Tensor]) 
         b: Parameters of the second.
     """
     return [
-        Pair(piece, piece.get(tensor), piece.get(b[name]))
+        Pair(piece, piece.get(tensor.detach()), piece.get(b[name].detach()))
         for name, tensor in a.items()
         for piece in pieces(symmetry.layout[name])
         if any(dim.group for dim in piece.dims)

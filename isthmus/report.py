@@ -1,0 +1,234 @@
+"""The report of a study: one self-contained page, and the data of its figures and tables beside it."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from isthmus.base.files import PathLike, make_folder, sha256, write_atomic
+
+from . import figures
+from .page import PAGE
+from .plain import dumps, number, percent
+from .study import Study
+
+
+def write_report(study: Study, folder: PathLike, *, files: Mapping[str, PathLike] | None = None) -> Path:
+    """Write `report.html` and, with the data of every figure and table, `report.json`.
+
+    The page fetches nothing: figures are inline SVG. The same study gives the same files, byte for byte.
+
+    Args:
+        study: What to report.
+        folder: Made if it is missing.
+        files: The files that were read, by what they are ("network A", …); their names, sizes and SHA-256 are recorded.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        OutputError: The folder cannot be written.
+
+    >>> import tempfile
+    >>> from isthmus.study import study
+    >>> from isthmus.zoo import load_data, loader, mlp
+    >>> found = study(mlp(64, (8,), seed=0), mlp(64, (8,), seed=1), loader(load_data("digits", "test")), points=3)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_report(found, folder).name
+    'report.html'
+    """
+    folder = make_folder(folder)
+    content = study.to_dict() | {"files": _files(files or {}), "versions": _versions()}
+    page = PAGE.substitute(
+        title=escape(study.verdict),
+        lead=_lead(study),
+        tiles=_tiles(study),
+        figures="\n".join(_figures(study)),
+        networks=_networks(study),
+        barriers=_barriers(study),
+        groups=_groups(study),
+        files=_file_list(content["files"]),
+        settings=_pairs(_settings(study)),
+        versions=_pairs(content["versions"]),
+    )
+    write_atomic(folder / "report.json", lambda path: path.write_text(dumps(content, indent=1), encoding="utf-8"))
+    return write_atomic(folder / "report.html", lambda path: path.write_text(page, encoding="utf-8"))
+
+
+def _files(files: Mapping[str, PathLike]) -> list[dict[str, Any]]:
+    return [
+        {"role": role, "name": Path(path).name, "sha256": sha256(path), "bytes": Path(path).stat().st_size}
+        for role, path in files.items()
+    ]
+
+
+def _versions() -> dict[str, str]:
+    from . import __version__
+
+    return {
+        "isthmus": __version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "Python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def _lead(study: Study) -> str:
+    settings = study.settings
+    how = "their weights" if settings["method"] == "weights" else f"their activations on {settings['match_data']}"
+    return escape(
+        f"Two networks, A and B ({settings['architecture']}, {settings['parameters']:,} parameters each), were "
+        f"measured on {settings['eval_data']} ({settings['samples']:,} samples), at {settings['points']} points of the "
+        f"straight line between them: with B as trained, and with its units brought into the order of A's by {how}. "
+        "The merged network is the average after matching."
+    )
+
+
+def _repair_note(study: Study) -> str:
+    if study.repaired is None:
+        return ""
+    return (
+        f" Repaired networks have seen {study.settings['match_data']}, on which the statistics of their units were "
+        "measured; the naive ones have not."
+    )
+
+
+def _tiles(study: Study) -> str:
+    tiles = [
+        ("Loss barrier, B as trained", number(study.naive.barrier)),
+        ("Loss barrier, B matched", number(study.matched.barrier)),
+        ("Accuracy of the naive average", percent(study.networks["naive average"]["metric"])),
+        ("Accuracy of the merged network", percent(study.networks["merged"]["metric"])),
+    ]
+    return "\n".join(f"<div><dt>{name}</dt><dd>{escape(value)}</dd></div>" for name, value in tiles)
+
+
+def _figures(study: Study) -> list[str]:
+    drawn = figures.study_figures(study)
+    return [_figure(name, drawn[name], *words) for name, words in _captions(study).items()]
+
+
+def _captions(study: Study) -> dict[str, tuple[str, str, str]]:
+    """Give for each figure its heading, its caption and its text for those who do not see it."""
+    settings, convention = study.settings, study.similarity.convention
+    where = f"{settings['samples']:,} samples of {settings['eval_data']}"
+    barriers = "; ".join(f"{name} {number(path.barrier)}" for name, path in study.paths.items())
+    middles = "; ".join(f"{name} {percent(path.midpoint_accuracy)}" for name, path in study.paths.items())
+    means = ", ".join(f"{name} {number(mean)}" for name, mean in study.mean_scores.items())
+    by_weights = study.matching.method == "weights"
+    score = "Cosine similarity of all weights of a unit of A with those of its match in B"
+    if not by_weights:
+        score = f"Correlation of the activations of a unit of A and its match in B on {settings['match_data']}"
+    return {
+        "loss": (
+            "Loss on the path",
+            f"Loss on {where}. The barrier is the greatest height of a curve above the straight line between its ends."
+            + _repair_note(study),
+            f"Loss against place on the line between the networks. Loss barriers: {barriers}.",
+        ),
+        "accuracy": (
+            "Accuracy on the path",
+            f"Accuracy on {where}." + _repair_note(study),
+            f"Accuracy against place on the line between the networks. At the midpoint: {middles}.",
+        ),
+        "scores": (
+            "How well units match",
+            f"{score}; 1 is a perfect match.",
+            f"Match scores of units, sorted, one curve for each group. Means: {means}.",
+        ),
+        "similarity": (
+            "Likeness of layers",
+            f"{study.similarity.index.upper()} of each layer of A with each layer of B on {where}: "
+            f"{convention['estimator']}; places of a feature map: {_POSITIONS[convention['positions']]}. The order of "
+            "units does not matter to it.",
+            f"Map of {study.similarity.index.upper()} between {len(study.similarity.layers_a)} layers of A and "
+            f"{len(study.similarity.layers_b)} of B.",
+        ),
+    }
+
+
+_POSITIONS = {"mean": "averaged", "samples": "counted as samples", "features": "counted as features"}
+
+
+def _figure(name: str, drawn: Any, heading: str, caption: str, alt: str) -> str:
+    return (
+        f"<figure>\n<h3>{heading}</h3>\n<div class='card'>{figures.svg(drawn, name, alt)}</div>\n"
+        f"<figcaption>{escape(caption)}</figcaption>\n</figure>"
+    )
+
+
+def _networks(study: Study) -> str:
+    names = {"A": "network A", "B": "network B", "naive average": "average as trained", "merged": "merged"}
+    repaired = f", repaired ({study.settings['repair']})" if study.settings["repair"] else ""
+    rows = [
+        (names[name] + (repaired if name == "merged" else ""), number(found["loss"]), percent(found["metric"]))
+        for name, found in study.networks.items()
+    ]
+    return _table(("network", "loss", "accuracy"), rows)
+
+
+def _barriers(study: Study) -> str:
+    rows = [
+        (name, number(path.barrier), number(path.accuracy_barrier), percent(path.midpoint_accuracy))
+        for name, path in study.paths.items()
+    ]
+    return _table(("path to B", "loss barrier", "accuracy barrier", "accuracy at\u00a0½"), rows)
+
+
+def _groups(study: Study) -> str:
+    rows = []
+    for name, scores in study.matching.scores.items():
+        missing = int(scores.isnan().sum())
+        note = f" ({missing} without a score)" if missing else " (by weights)" if _fell_back(study, name) else ""
+        rows.append((name + note, str(len(scores)), number(study.mean_scores[name])))
+    return _table(("group", "units", "mean score"), rows)
+
+
+def _fell_back(study: Study, group: str) -> bool:
+    return group in study.matching.by_weights
+
+
+def _settings(study: Study) -> dict[str, Any]:
+    settings = study.settings
+    return {
+        "matching": settings["method"],
+        "repair": settings["repair"] or "none",
+        "weights of A and B": ", ".join(f"{weight:g}" for weight in settings["weights"]),
+        "points": settings["points"],
+        "seed": settings["seed"],
+        "device": settings["device"],
+        "measured on": settings["eval_data"],
+        "matched or repaired on": settings["match_data"] or "no data",
+    }
+
+
+def _table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th scope='col'>{escape(name)}</th>" for name in headers)
+    body = "\n".join(
+        f"<tr><th scope='row'>{escape(row[0])}</th>{''.join(f'<td>{escape(cell)}</td>' for cell in row[1:])}</tr>"
+        for row in rows
+    )
+    return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>"
+
+
+def _pairs(values: Mapping[str, Any]) -> str:
+    rows = "\n".join(f"<dt>{escape(name)}</dt><dd>{escape(str(value))}</dd>" for name, value in values.items())
+    return f"<dl class='pairs'>\n{rows}\n</dl>"
+
+
+def _file_list(files: Sequence[Mapping[str, Any]]) -> str:
+    if not files:
+        return "<p>The networks were given in memory, not as files.</p>"
+    items = "\n".join(
+        f"<li><strong>{escape(file['name'])}</strong> {escape(file['role'])}, {file['bytes']:,} bytes"
+        f"<code>sha256 {file['sha256']}</code></li>"
+        for file in files
+    )
+    return f"<ul class='files'>\n{items}\n</ul>"

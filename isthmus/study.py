@@ -1,0 +1,185 @@
+"""The study of a pair of networks: the path before and after matching, the merged network, the likeness of layers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from isthmus.align import Matching, Symmetry, match
+from isthmus.base.batches import Data, model_device, require_repeatable
+from isthmus.merge import Path, connect, merge
+from isthmus.metrics import Similarity, compare
+from isthmus.metrics.capture import Positions
+
+from .plain import number
+
+
+@dataclass(frozen=True, eq=False)
+class Study:
+    """What was measured on two networks, A and B.
+
+    Attributes:
+        naive: The path from A to B as trained.
+        matched: The path from A to B with its units in the order of A's.
+        repaired: The same with every point repaired; None if that was not asked for.
+        matching: What brings B into the order of A.
+        merged: The merged network.
+        networks: Loss and metric of "A", "B", "naive average" and "merged".
+        similarity: Likeness of each layer of A with each layer of B.
+        settings: How all this was made.
+    """
+
+    naive: Path
+    matched: Path
+    repaired: Path | None
+    matching: Matching
+    merged: nn.Module
+    networks: Mapping[str, Mapping[str, float | None]]
+    similarity: Similarity
+    settings: Mapping[str, Any]
+
+    @property
+    def paths(self) -> dict[str, Path]:
+        """The paths by what was done to B."""
+        named = {"as trained": self.naive, "matched": self.matched, "matched and repaired": self.repaired}
+        return {name: path for name, path in named.items() if path is not None}
+
+    @property
+    def mean_scores(self) -> dict[str, float]:
+        """Mean score of each group's units; NaN for a group of which no unit has one."""
+        return {name: float(scores.nanmean()) for name, scores in self.matching.scores.items()}
+
+    @property
+    def verdict(self) -> str:
+        """Say in a sentence what matching did to the loss barrier."""
+        before, after = self.naive.barrier, self.matched.barrier
+        if not (math.isfinite(before) and math.isfinite(after)):
+            return "The loss on the path is not finite everywhere, so there is no barrier to speak of"
+        if after >= before:
+            return f"Matching does not lower the loss barrier: {number(before)} before, {number(after)} after"
+        repaired = "" if self.repaired is None else f", and is {number(self.repaired.barrier)} after repair"
+        return f"After matching, the loss barrier falls from {number(before)} to {number(after)}{repaired}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give all but the merged network as numbers, lists and text."""
+        return {
+            "verdict": self.verdict,
+            "settings": dict(self.settings),
+            "networks": {name: dict(figures) for name, figures in self.networks.items()},
+            "paths": {name: path.to_dict() for name, path in self.paths.items()},
+            "matching": {
+                "method": self.matching.method,
+                "objective": self.matching.objective,
+                "mean_scores": self.mean_scores,
+                "scores": {name: scores.tolist() for name, scores in self.matching.scores.items()},
+                "by_weights": list(self.matching.by_weights),
+            },
+            "similarity": self.similarity.to_dict(),
+        }
+
+
+def study(
+    model_a: nn.Module,
+    model_b: nn.Module,
+    data_eval: Data,
+    *,
+    data_match: Data | None = None,
+    method: str = "weights",
+    repair: str | None = None,
+    symmetry: Symmetry | None = None,
+    weights: Sequence[float] | None = None,
+    points: int = 25,
+    layers: Iterable[str] | None = None,
+    positions: Positions = "mean",
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    eval_name: str = "data_eval",
+    match_name: str | None = None,
+    progress: bool | None = None,
+) -> Study:
+    """Walk the path between two classifiers before and after matching, merge them, and compare their layers.
+
+    Args:
+        model_a: The reference.
+        model_b: A network of the same architecture. Neither is changed.
+        data_eval: Batches `(x, y)` on which losses, accuracies and similarities are measured.
+        data_match: Batches for matching by activations and for repair; `data_eval` by default.
+        method: "weights" or "activations"; see `match`.
+        repair: None, "auto", "reset" or "rescale": repair the matched path and the merged network; see `repair`.
+        symmetry: Of both networks; derived by default.
+        weights: Of A and B in the merged network and in the naive average; equal by default.
+        points: Points on each path, at least 3.
+        layers: Layers to compare; all by default.
+        positions: How places of feature maps count in the similarity; see `compare`.
+        seed: Of the matching.
+        device: Where to compute; that of the models by default.
+        eval_name: What to call `data_eval` in a report.
+        match_name: What to call `data_match` in a report; `eval_name` where there is none.
+        progress: Show bars always (True), never (False), or on a terminal (None).
+
+    Returns:
+        The study; `report.write_report` writes it down.
+
+    Raises:
+        ArchitectureError: The networks differ, or the repair does not fit them.
+        DataError: The data is empty, an iterator, or has no labels that fit.
+        LayerNotFoundError: A layer does not exist.
+        NotFiniteError: A network or an input holds NaN or infinity.
+
+    >>> from isthmus.zoo import load_data, loader, mlp
+    >>> data = loader(load_data("digits", "test"))
+    >>> found = study(mlp(64, (16,), seed=0), mlp(64, (16,), seed=1), data, points=3)
+    >>> list(found.paths), list(found.networks)
+    (['as trained', 'matched'], ['A', 'B', 'naive average', 'merged'])
+    """
+    for data in (data_eval, data_match):
+        if data is not None:
+            require_repeatable(data, "a study reads it several times")
+    second = data_eval if data_match is None else data_match
+    match_name = eval_name if data_match is None else match_name or "data_match"
+    walk = {"points": points, "device": device, "progress": progress}
+    naive = connect(model_a, model_b, data_eval, **walk)
+    similarity = compare(
+        model_a, model_b, data_eval, layers=layers, positions=positions, device=device, progress=progress
+    )
+    matching = match(
+        model_a, model_b, second, method=method, symmetry=symmetry, seed=seed, device=device, progress=progress
+    )
+    ordered = matching.apply(model_b)
+    matched = connect(model_a, ordered, data_eval, **walk)
+    repaired = (
+        None if repair is None else connect(model_a, ordered, data_eval, repair=repair, repair_data=second, **walk)
+    )
+    pair = {"weights": weights, "device": device}
+    average = merge([model_a, model_b], data_eval, align=None, **pair).report
+    merged = merge([model_a, ordered], data_eval, align=None, repair=repair, repair_data=second, **pair)
+    settings = {
+        **_facts(model_a),
+        "method": method,
+        **{name: merged.report[name] for name in ("repair", "weights", "samples")},
+        "points": points,
+        "positions": positions,
+        "seed": seed,
+        "device": str(model_device(model_a) if device is None else device),
+        "eval_data": eval_name,
+        "match_data": match_name if method == "activations" or repair is not None else None,
+    }
+    networks: dict[str, Mapping[str, float | None]] = {
+        "A": merged.report["parents"][0],
+        "B": average["parents"][1],  # as given; put in another order it is the same but for rounding
+        "naive average": average["merged"],
+        "merged": merged.report["merged"],
+    }
+    return Study(naive, matched, repaired, matching, merged.model, networks, similarity, settings)
+
+
+def _facts(model: nn.Module) -> dict[str, Any]:
+    return {
+        "architecture": type(model).__name__,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+    }
