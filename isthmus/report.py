@@ -144,7 +144,7 @@ def _captions(study: Study) -> dict[str, tuple[str, str, str]]:
             f"Match scores of units, sorted, one curve for each group. Means: {means}.",
         ),
         "similarity": (
-            "Likeness of layers",
+            "Similarity of layers",
             f"{study.similarity.index.upper()} of each layer of A with each layer of B on {where}: "
             f"{convention['estimator']}; places of a feature map: {_POSITIONS[convention['positions']]}. The order of "
             "units does not matter to it.",

@@ -1,4 +1,4 @@
-"""The study of a pair of networks: the path before and after matching, the merged network, the likeness of layers."""
+"""The study of a pair of networks: the path before and after matching, the merged network, the similarity of layers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Study:
         matching: What brings B into the order of A.
         merged: The merged network.
         networks: Loss and metric of "A", "B", "naive average" and "merged".
-        similarity: Likeness of each layer of A with each layer of B.
+        similarity: Similarity of each layer of A with each layer of B.
         settings: How all this was made.
     """
 

@@ -30,6 +30,7 @@ def command(out: Path, epochs: int, as_json: bool) -> None:
     from isthmus.base.files import make_folder, save_state_dict
     from isthmus.zoo import Recipe, build, load_data, loader, train
 
+    from ..figures import save, study_figures
     from ..plain import number, percent, table
     from ..report import write_report
     from ..study import study
@@ -55,6 +56,7 @@ def command(out: Path, epochs: int, as_json: bool) -> None:
         )
     found.matching.save(out / "matching.safetensors")
     save_state_dict(found.merged.state_dict(), out / "merged.safetensors")
+    save(study_figures(found)["loss"], out / "path.png")
     page = write_report(found, out, files={f"network {name.upper()}": out / f"{name}.safetensors" for name in "ab"})
     rows = [(name, number(figures["loss"]), percent(figures["metric"])) for name, figures in found.networks.items()]
     lines = [

@@ -310,7 +310,7 @@ def test_demo_agrees_with_the_same_steps_in_python(tmp_path, run_json, test_set,
     assert torch.get_num_threads() == threads
     names = {path.name for path in (tmp_path / "demo").iterdir()}
     checkpoints = {"a.safetensors", "b.safetensors", "matching.safetensors", "merged.safetensors"}
-    assert names == checkpoints | {"report.html", "report.json"}
+    assert names == checkpoints | {"report.html", "report.json", "path.png"}
 
     def load(name):
         model = mlp(64, found["widths"], seed=0)
