@@ -23,10 +23,10 @@ from typing import Any
 
 import plain_rebasin as plain
 import torch
-from isthmus.base.errors import DataFileError
 
 import isthmus
 from isthmus import zoo
+from isthmus.base.errors import DataFileError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 WIDTHS = (512, 512, 512)

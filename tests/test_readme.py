@@ -19,7 +19,12 @@ def blocks(language: str) -> list[str]:
 def test_python_example_opens_the_path(tmp_path: Path) -> None:
     (code,) = blocks("python")
     run = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, "-W", "error", "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert run.returncode == 0, run.stderr
     barriers = re.search(r"barrier (\S+) matched (\S+)", run.stdout)

@@ -4,9 +4,10 @@ from collections import OrderedDict
 
 import pytest
 import torch
+from torch import nn
+
 from isthmus.base.errors import DataError, LayerNotFoundError, NotFiniteError
 from isthmus.metrics import as_samples, capture
-from torch import nn
 
 
 def randn(*shape, seed=0):

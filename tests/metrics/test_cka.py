@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from isthmus.base.errors import DataError, LayerNotFoundError, NotFiniteError
 from isthmus.metrics import Moments, cka, cka_from_moments
 

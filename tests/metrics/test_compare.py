@@ -8,9 +8,10 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 import torch
+from torch import nn
+
 from isthmus.base.errors import DataError, LayerNotFoundError, NotFiniteError
 from isthmus.metrics import Similarity, cka, compare
-from torch import nn
 
 
 def randn(*shape, seed=0):

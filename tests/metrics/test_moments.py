@@ -8,9 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
 from isthmus.base.errors import CheckpointError, DataError, LayerNotFoundError, NotFiniteError, OutputError
 from isthmus.metrics import Moments
-from safetensors.torch import load_file, save_file
 
 UNITS = {"x": 3, "y": 4}
 
