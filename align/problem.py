@@ -18,7 +18,7 @@ from .symmetry import Group, Symmetry
 from .terms import Piece, pieces, take
 
 
-@dataclass
+@dataclass(eq=False)
 class Pair:
     """A piece of the first network beside the same piece of the second, permuted as far as has been found."""
 

@@ -174,6 +174,7 @@ class Tracer(TorchDispatchMode):
             self.assign(tensor, [fixed(size, reason) for size in tensor.shape])
 
 
+@torch.inference_mode(False)  # in which composite operators would not be taken apart
 def trace(model: nn.Module, batch: Batch) -> Traced:
     """Run a model once under fake tensors, in evaluation mode, and follow its axes.
 

@@ -122,6 +122,8 @@ def _joined(a: Verification, b: Verification) -> Verification:
     )
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()  # gradients show what reaches the outputs, whatever mode the caller is in
 def _measure(
     symmetry: Symmetry, model: nn.Module, batch: Batch, tolerance: float, generator: torch.Generator, spread: float
 ) -> Verification:

@@ -111,6 +111,7 @@ class _Search:
         self.pairs = pairs(symmetry, a, b)
         self.families = [f for f in families(symmetry) if only is None or set(f.names) <= set(only)]
         self.scale = sum(float(p.a.double().norm() * p.b.double().norm()) for p in self.pairs)
+        self.remembered: dict[str, Tensor] = {}
         self.permutation = symmetry.identity()
         self.move_to(start)
 
@@ -198,7 +199,28 @@ class _Search:
         group = family.group
         if group.within:
             return {group.name: self._solve_within(group, profiles)}
-        return weight_similarities(self.pairs, family, profiles=profiles).solve(family)
+        settled = [] if profiles or family.inner else self._settled(family)
+        total = weight_similarities([pair for pair in self.pairs if pair not in settled], family, profiles=profiles)
+        if settled:
+            total.add(None, self._remembered(family, settled)[:, self.permutation.indices[group.name]])
+        return total.solve(family)
+
+    def _settled(self, family: Family) -> list[Pair]:
+        """Find large pieces that hold no other group: of their product a change moves the columns and nothing else."""
+        group = family.group
+        return [
+            pair
+            for pair in self.pairs
+            if [dim.group for dim in pair.piece.dims if dim.group] == [group.name] and pair.a.numel() > group.size**2
+        ]
+
+    def _remembered(self, family: Family, settled: list[Pair]) -> Tensor:
+        """Give the similarity of settled pieces with b in its first order; computed once."""
+        name = family.group.name
+        if name not in self.remembered:
+            now = weight_similarities(settled, family).outer
+            self.remembered[name] = now[:, self.permutation.indices[name].argsort()]
+        return self.remembered[name]
 
     def _solve_within(self, group: Group, profiles: bool) -> Tensor:
         """Assign a group separately in every position of the groups around it, which stay."""

@@ -102,6 +102,15 @@ def benchmark_matching(data_dir: str | None, repeats: int) -> tuple[list[dict[st
     return rows, facts
 
 
+def peak_resident() -> int:
+    """Largest resident set of this process so far, in bytes."""
+    status = Path("/proc/self/status")
+    if status.exists():  # on Linux ru_maxrss is inherited from the parent process
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def measure_memory(method: str) -> None:
     """In a process of its own: growth of the peak resident set during a match, in bytes, with the models' size."""
     torch.set_num_threads(1)
@@ -110,9 +119,9 @@ def measure_memory(method: str) -> None:
     symmetry = isthmus.symmetry(a, data[0][:2], verify=False)
     small = zoo.mlp(784, (8,) * 4, 10, seed=0).eval()  # loads what is loaded at first use
     isthmus.match(small, small, data, method=method)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_resident()
     isthmus.match(a, b, data, method=method, symmetry=symmetry, restarts=1)
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    grown = peak_resident() - before
     size = sum(p.numel() * p.element_size() for p in a.parameters())
     statistics_bytes = 4 * 2048**2 * 8 if method == "activations" else 0
     print(json.dumps({"grown": grown, "two_models": 2 * size, "statistics": statistics_bytes}))
