@@ -17,7 +17,7 @@ from ..base.architecture import full_state
 from ..base.errors import ArchitectureError, CheckpointError, nearest
 from ..base.files import PathLike, save_state_dict
 from .symmetry import Group, Symmetry
-from .terms import Fixed, pieces, take
+from .terms import Fixed, groups_of, pieces, take
 
 FORMAT = "isthmus permutation 1"
 Model = TypeVar("Model", bound=nn.Module)
@@ -92,7 +92,9 @@ class Permutation:
 
     def _apply_to_state(self, state: Mapping[str, Tensor], whole: bool) -> dict[str, Tensor]:
         shapes = self.symmetry.shapes
-        needed = set(shapes) if whole else set(shapes) - set(self.symmetry.unsaved)
+        # what has nothing to permute may be missing, such as the counters of batch norm in old checkpoints
+        needed = {name for name, terms in self.symmetry.layout.items() if whole or groups_of(terms)}
+        needed -= set() if whole else set(self.symmetry.unsaved)
         for name in (*state, *sorted(needed)):
             if name not in shapes:
                 raise ArchitectureError(f"{name} is not part of this symmetry{nearest(name, shapes)}")

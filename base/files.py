@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
@@ -158,9 +159,10 @@ def _load_torch(path: Path) -> object:
             warnings.simplefilter("ignore", UserWarning)  # what torch suspects of a file, the error below says
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f"it asks for {wanted[1]}" if wanted else "it is damaged or holds more than tensors"
         raise CheckpointError(
-            f"{path} was refused: it is damaged, or it holds more than tensors, and reading it "
-            f"could run code. Save model.state_dict() instead. ({str(error).splitlines()[0]})"
+            f"{path} was refused: {what}, and reading it could run code. Save model.state_dict() instead"
         ) from error
     except Exception as error:  # what torch's reader raises on other bytes is any of a dozen types
         raise CheckpointError(

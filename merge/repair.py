@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from .interpolation import normalised
 METHODS = ("auto", "reset", "rescale")
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm  # the one base of BatchNorm1d, 2d, 3d and SyncBatchNorm
+Model = TypeVar("Model", bound=nn.Module)
 Layer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
@@ -50,7 +51,7 @@ class UnitStatistics:
 
 
 def repair(
-    model: nn.Module,
+    model: Model,
     data: Data,
     *,
     method: str = "auto",
@@ -59,7 +60,7 @@ def repair(
     weights: Sequence[float] | None = None,
     device: torch.device | str | None = None,
     progress: bool | None = None,
-) -> nn.Module:
+) -> Model:
     """Give an averaged network the activation statistics that its parents have: REPAIR (Jordan et al. 2023).
 
     - `"reset"`, for networks with batch norm: one pass with batch statistics, in which the inputs of every batch norm

@@ -182,6 +182,9 @@ def load_networks(options: NetworkOptions, paths: Sequence[Path], source: Source
     models = []
     for path, state in zip(paths, states, strict=True):
         model = make_network(options, None if source is None else source.dataset)
+        # batch norm's counters, which files from before PyTorch 0.4.1 do not have, change no output
+        counters = {k: v for k, v in _tensors(model).items() if k.endswith("num_batches_tracked") and k not in state}
+        state = {**state, **counters}
         try:
             check_same_architecture(_tensors(model), state, (f"the network {options.model}", str(path)))
         except ArchitectureError as error:

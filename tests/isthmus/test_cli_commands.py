@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 import isthmus
 from isthmus.align import Matching, Symmetry
-from isthmus.base.files import load_state_dict
+from isthmus.base.files import load_state_dict, save_state_dict
 from isthmus.cli import main
 from isthmus.merge import evaluate
 from isthmus.zoo import load_data, loader, mlp, resnet
@@ -331,3 +331,15 @@ def test_demo_agrees_with_the_same_steps_in_python(tmp_path, run_json, test_set,
 
     assert main(["demo", "--out", str(tmp_path / "demo"), "--epochs", "1"]) == 0
     assert "report: " in capsys.readouterr().out
+
+
+def test_checkpoints_without_counters_of_batch_norm_load(tmp_path, run_json):
+    model = resnet(8, in_channels=1, seed=0)
+    old = {name: value for name, value in model.state_dict().items() if not name.endswith("num_batches_tracked")}
+    save_state_dict(old, tmp_path / "old.pt")
+    args = ("--model", "resnet", "--model-args", '{"depth": 8, "in_channels": 1}', "--input-shape", "2,1,8,8")
+    out = tmp_path / "matching.safetensors"
+    run_json("match", tmp_path / "old.pt", tmp_path / "old.pt", *args, "--out", out)
+    aligned = Matching.load(out).apply(old)
+    assert aligned.keys() == old.keys()
+    assert all(torch.equal(aligned[name], value) for name, value in old.items())

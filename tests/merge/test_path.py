@@ -95,6 +95,7 @@ def test_ends_are_the_networks(norm, repair):
     path = connect(a, b, data, points=5, repair=repair)
     for index, model in ((0, a), (-1, b)):
         found = evaluate(model, data)
+        assert path.accuracy is not None
         assert (path.loss[index], path.accuracy[index]) == (found.loss, found.metric)
     assert path.samples == 32
     assert path.repair == (None if repair is None else "reset" if norm else "rescale")
@@ -105,11 +106,13 @@ def test_every_point_is_the_interpolated_network():
     a, b = network(0), network(1)
     data = batches()
     path = connect(a, b, data, points=4)
+    assert path.accuracy is not None
     for alpha, loss, accuracy in zip(path.alphas, path.loss, path.accuracy, strict=True):
         between = copy.deepcopy(a)
         between.load_state_dict(interpolate(a.state_dict(), b.state_dict(), alpha))
         found = evaluate(between, data)
         assert (loss, accuracy) == (pytest.approx(found.loss, rel=1e-6), found.metric)
+    assert path.accuracy is not None
     chord = (1 - path.alphas) * path.accuracy[0] + path.alphas * path.accuracy[-1]
     assert path.accuracy_barrier == (chord - path.accuracy).max()
 
@@ -222,7 +225,8 @@ def test_draws_and_tells():
     path = connect(network(0), network(1), batches(), points=5)
     ax = path.plot(label="naive")
     assert path.plot(ax, quantity="accuracy") is ax
-    assert [line.get_ydata().tolist() for line in ax.lines] == [path.loss.tolist(), path.accuracy.tolist()]
+    assert path.accuracy is not None
+    assert [np.asarray(line.get_ydata()).tolist() for line in ax.lines] == [path.loss.tolist(), path.accuracy.tolist()]
     assert ax.get_ylabel() == "accuracy"
     content = json.loads(json.dumps(path.to_dict()))
     assert content["loss"] == path.loss.tolist()
@@ -245,6 +249,7 @@ def test_a_metric_of_the_user_has_its_name():
 
     path = connect(network(0), network(1), batches(), points=3, metric=confidence)
     assert path.metric_name == "confidence"
+    assert path.accuracy is not None
     assert path.accuracy[0] == pytest.approx(evaluate(network(0), batches(), metric=confidence).metric)
 
 

@@ -270,10 +270,10 @@ def test_too_large_cross_moments_are_refused_before_they_are_allocated():
     with pytest.raises(DataError, match=message):
         compare(a, b, x, positions="features")
     bytes_needed = 8 * (10 * 10 + 3 * 3 + 10 * 3)
-    keywords = {"layers": (["0"], ["4"])}
-    compare(mlp(), mlp(seed=1), randn(8, 6), **keywords, max_bytes=bytes_needed)
+    layers = (["0"], ["4"])
+    compare(mlp(), mlp(seed=1), randn(8, 6), layers=layers, max_bytes=bytes_needed)
     with pytest.raises(DataError, match="max_bytes="):
-        compare(mlp(), mlp(seed=1), randn(8, 6), **keywords, max_bytes=bytes_needed - 1)
+        compare(mlp(), mlp(seed=1), randn(8, 6), layers=layers, max_bytes=bytes_needed - 1)
 
 
 def test_nan_is_refused_with_the_name_of_the_layer_and_its_network():

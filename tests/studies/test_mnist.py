@@ -44,7 +44,7 @@ def trained(
     seeds: Sequence[int],
     init: Literal["torch", "he"] = "torch",
 ) -> list[nn.Module]:
-    models = [zoo.mlp(784, widths, 10, init, seed=seed) for seed in seeds]
+    models: list[nn.Module] = [zoo.mlp(784, widths, 10, init, seed=seed) for seed in seeds]
     for seed, model in zip(seeds, models, strict=True):
         zoo.train(model, train_set, zoo.Recipe(**{**vars(recipe), "seed": seed}))
     return models
