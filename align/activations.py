@@ -29,11 +29,6 @@ class View:
     dims: tuple[int, ...]
     inner: str | None
 
-    @property
-    def layer(self) -> str:
-        """Name under which the activation is captured."""
-        return self.point.module if self.point.call == 1 else f"{self.point.module}#{self.point.call}"
-
     def samples(self, activation: Tensor) -> Tensor:
         """Cut the units out of an activation: (everything else, units)."""
         flat = activation.movedim(self.point.axis, -1).reshape(-1, activation.shape[self.point.axis])
@@ -72,14 +67,14 @@ def views(symmetry: Symmetry) -> dict[str, list[View]]:
     for family in families(symmetry):
         if family.group.within:
             continue  # its order differs with the position of several others: no activation shows it alone
-        for number, point in enumerate(symmetry.points):
+        for point in symmetry.points:
             for part, piece in enumerate(pieces([point.term])):
                 for at, dim in enumerate(piece.dims):
                     dims, inner = front(piece, at, family)
                     others = [d for i, d in enumerate(piece.dims) if i not in dims]
                     # beside an order that is not yet known, samples of the two networks do not correspond
                     if dim.group == family.group.name and not any(d.group for d in others):
-                        key = f"{family.group.name}/{number}.{part}.{at}"
+                        key = f"{family.group.name} at {point.side} of {point.layer}, part {part}.{at}"
                         found[family.group.name].append(View(key, point, piece, tuple(dims), inner))
     return found
 
@@ -154,7 +149,9 @@ def _correlate(
             batch.to(devices[1]).call(model_b)
             moments.update(
                 {
-                    f"{label}:{view.key}": view.samples(captured[label, view.point.side][view.layer]).to(devices[0])
+                    f"{label}:{view.key}": view.samples(captured[label, view.point.side][view.point.layer]).to(
+                        devices[0]
+                    )
                     for view in looks
                     for label in ("a", "b")
                 }

@@ -82,6 +82,11 @@ class Point:
     ndim: int
     term: Term
 
+    @property
+    def layer(self) -> str:
+        """Name under which the activation is captured."""
+        return self.module if self.call == 1 else f"{self.module}#{self.call}"
+
 
 @dataclass(frozen=True, eq=False)
 class Symmetry:

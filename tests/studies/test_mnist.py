@@ -52,15 +52,16 @@ def trained(
 
 @pytest.fixture(scope="module")
 def pairs(train_set: zoo.Dataset) -> list[tuple[nn.Module, nn.Module]]:
-    recipe = zoo.Recipe(epochs=10, batch_size=512, optimizer="adam", lr=1e-3, weight_decay=0.0)
-    models = trained(train_set, (512, 512, 512), recipe, range(6))
+    models = trained(train_set, (512, 512, 512), zoo.Recipe(epochs=8), range(6))
     return list(zip(models[::2], models[1::2], strict=True))
 
 
 def test_straight_averages_of_independent_networks_fail(
     pairs: list[tuple[nn.Module, nn.Module]], test_batches: Batches
 ) -> None:
-    assert mean(isthmus.connect(a, b, test_batches).barrier for a, b in pairs) >= 0.5
+    barriers = [isthmus.connect(a, b, test_batches).barrier for a, b in pairs]
+    print(barriers)
+    assert mean(barriers) >= 0.5
 
 
 @pytest.mark.parametrize(("method", "barrier"), [("weights", 0.01), ("activations", 0.015)])
