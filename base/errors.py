@@ -34,6 +34,10 @@ class NotFiniteError(IsthmusError, ValueError):
     """A tensor holds NaN or infinity."""
 
 
+class DivergedError(NotFiniteError):
+    """A training reached a loss that is not finite: no wrong use, but a failure of the run."""
+
+
 class LayerNotFoundError(IsthmusError, KeyError):
     """A module or layer name that the network does not have."""
 

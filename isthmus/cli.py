@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from isthmus.base.errors import IsthmusError, nearest
+from isthmus.base.errors import DivergedError, IsthmusError, nearest
 
 from .commands.options import debug_option
 
@@ -122,7 +122,7 @@ def _explain(error: Exception) -> int:
         return WRONG_USE
     if isinstance(error, IsthmusError):
         click.echo(f"error: {error}", err=True)
-        return WRONG_USE
+        return FAILURE if isinstance(error, DivergedError) else WRONG_USE
     click.echo(f"error: {type(error).__name__}: {error} (--debug shows where)", err=True)
     return FAILURE
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..base.architecture import check_finite, full_state
 from ..base.batches import model_device
-from ..base.errors import ArchitectureError, IsthmusError, NotFiniteError
+from ..base.errors import ArchitectureError, DivergedError, IsthmusError, NotFiniteError
 from ..base.files import PathLike, make_folder, save_state_dict, write_atomic
 from ..base.progress import progress as progress_bar
 from .data import Dataset, Loader, loader
@@ -170,7 +170,8 @@ def train(
 
     Raises:
         ArchitectureError: The network does not take these images, has too few outputs, or nothing to train.
-        NotFiniteError: The loss or a weight became NaN or infinite; checkpoints of earlier epochs stay.
+        DivergedError: The loss became NaN or infinite; checkpoints of earlier epochs stay.
+        NotFiniteError: A weight is NaN or infinite.
         OutputError: The folder cannot be written.
         RecipeError: `checkpoint_every` is below 1.
 
@@ -281,7 +282,7 @@ def _train_epoch(
 
 def _check_loss(total: Tensor, epoch: int, recipe: Recipe) -> None:
     if not torch.isfinite(total):
-        raise NotFiniteError(
+        raise DivergedError(
             f"the loss became {float(total)} in epoch {epoch}: the training diverged. "
             f"Lower lr ({recipe.lr}) or raise warmup_epochs ({recipe.warmup_epochs}); earlier checkpoints stay"
         )
