@@ -29,10 +29,8 @@ studies: $(VENV)/.linked
 	$(BIN)/pytest -m slow
 
 notebooks: $(VENV)/.linked
-	@for notebook in notebooks/*.ipynb; do \
-		test -e "$$notebook" || { echo "no notebook yet"; break; }; \
-		$(BIN)/jupyter execute --inplace "$$notebook"; \
-	done
+	$(PIP) install -c constraints.txt --no-build-isolation -e ".[notebooks]" --config-settings editable_mode=strict
+	$(BIN)/jupyter execute --inplace notebooks/*.ipynb
 
 # What the project needs, at the tested versions.
 $(VENV)/.installed: pyproject.toml constraints.txt

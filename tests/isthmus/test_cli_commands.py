@@ -347,6 +347,8 @@ def test_checkpoints_without_counters_of_batch_norm_load(tmp_path, run_json):
 
 def test_a_training_that_diverges_is_a_failure_and_writes_nothing(tmp_path, capsys):
     out = tmp_path / "a.safetensors"
-    assert main(["train", "--model", "mlp", "--data", "digits", "--lr", "1e30", "--epochs", "2", "--out", str(out)]) == 1
+    assert (
+        main(["train", "--model", "mlp", "--data", "digits", "--lr", "1e30", "--epochs", "2", "--out", str(out)]) == 1
+    )
     assert "diverged" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
