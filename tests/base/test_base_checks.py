@@ -86,6 +86,7 @@ KINDS = {
     "CheckpointError": ValueError,
     "DataError": ValueError,
     "DataFileError": FileNotFoundError,
+    "DivergedError": ValueError,
     "NotFiniteError": ValueError,
     "LayerNotFoundError": KeyError,
     "SymmetryError": ValueError,

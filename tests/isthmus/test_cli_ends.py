@@ -100,18 +100,23 @@ def test_warnings_go_to_standard_error_without_the_source_line(monkeypatch, caps
 def test_ctrl_c_in_the_middle_of_training_leaves_no_half_written_file(tmp_path):
     out, checkpoints = tmp_path / "a.safetensors", tmp_path / "epochs"
     args = ["train", "--model", "mlp", "--model-args", '{"widths": [8]}', "--data", "digits", "--epochs", "100000"]
-    process = subprocess.Popen(
+    history = checkpoints / "history.json"
+    with subprocess.Popen(
         [sys.executable, "-m", "isthmus", *args, "--out", str(out), "--checkpoints", str(checkpoints)],
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    history = checkpoints / "history.json"
-    patience = time.monotonic() + 120
-    while not history.exists() and time.monotonic() < patience and process.poll() is None:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+        # a shell ignores Ctrl-C in what it runs in the background, and its children inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
+        try:
+            patience = time.monotonic() + 120
+            while not history.exists() and time.monotonic() < patience and process.poll() is None:
+                time.sleep(0.05)
+            process.send_signal(signal.SIGINT)
+            _, said = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 130
     assert "interrupted" in said
     assert "Traceback" not in said
