@@ -197,6 +197,7 @@ def _with_silent_units(total: Similarities, family: Family, weights: list[Pair])
     """Add the similarity of the weights' profiles, too small to count where there is a correlation."""
     ties = weight_similarities(weights, family, profiles=True)
     for correlation, similarity in ((total.outer, ties.outer), *((total.inner[k], ties.inner[k]) for k in ties.inner)):
-        similarity *= 1e-6 / similarity.abs().max().clamp_min(1e-300)
+        largest = torch.maximum(similarity.max(), -similarity.min())
+        similarity *= 1e-6 / largest.clamp_min(1e-300)
         similarity += correlation
     return ties

@@ -17,6 +17,9 @@ from .assignment import assign, assign_blocks
 from .symmetry import Group, Symmetry
 from .terms import Piece, pieces, take
 
+# Units of the first network that are in double precision at a time.
+_ROWS = 512
+
 
 @dataclass(eq=False)
 class Pair:
@@ -129,6 +132,19 @@ class Similarities:
         target = self.outer if inner is None else self.inner[inner]
         target += similarity.to("cpu", torch.float64).reshape(target.shape)
 
+    def add_product(self, inner: str | None, a: Tensor, b: Tensor) -> None:
+        """Add the inner products of units in float64, some rows at a time: whole networks are never held in double.
+
+        Args:
+            inner: As in `add`.
+            a: (units, features) of the first network.
+            b: The same of the second.
+        """
+        target = (self.outer if inner is None else self.inner[inner]).view(len(a), len(b))
+        columns = b.double().T
+        for rows_of_a, rows_of_target in zip(a.split(_ROWS), target.split(_ROWS), strict=True):
+            rows_of_target += (rows_of_a.double() @ columns).to(target)
+
     def solve(self, family: Family) -> dict[str, Tensor]:
         """Assign the units of every group in the family."""
         if not self.inner:
@@ -151,8 +167,7 @@ def weight_similarities(found: Iterable[Pair], family: Family, *, profiles: bool
             if dim.group == family.group.name:
                 dims, inner = front(pair.piece, at, family)
                 a, b = (describe(tensor, pair.piece, dims, profiles) for tensor in (pair.a, pair.b))
-                # float64 piece by piece: the whole networks are never held in double precision at once
-                total.add(inner, a.double() @ b.double().T)
+                total.add_product(inner, a, b)
     return total
 
 

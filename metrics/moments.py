@@ -258,7 +258,7 @@ class Moments:
             LayerNotFoundError: The pair was not kept.
         """
         scale = [self._layer(name).squares.sqrt() for name in (a, b)]
-        return self._product(a, b) / scale[0][:, None] / scale[1]
+        return (self._product(a, b) / scale[0][:, None]).div_(scale[1])
 
     def _divisor(self, name: str, correction: int) -> int:
         divisor = self.count(name) - correction
