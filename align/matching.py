@@ -157,8 +157,7 @@ def match(
     if symmetry is None:
         symmetry = derive(model_a, _example(example_inputs, first))
     else:
-        shapes = {name: torch.empty(shape, device="meta") for name, shape in symmetry.shapes.items()}
-        check_same_architecture(shapes, state_a, ("the symmetry", "model a"))
+        symmetry.check_fits(model_a, "model a")
     parameters = [_parameters(model, device) for model in (model_a, model_b)]
     if method == "weights":
         found = weight_matching(symmetry, *parameters, restarts=restarts, seed=seed, progress=progress)

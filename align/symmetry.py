@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..base.architecture import check_same_architecture, full_state
 from ..base.batches import Batch
 from ..base.errors import SymmetryError
 from ..base.files import PathLike, write_atomic
@@ -155,6 +156,15 @@ class Symmetry:
             return torch.stack(rows).reshape(*outer, group.size)
 
         return Permutation(self, {group.name: draw(group) for group in self.groups})
+
+    def check_fits(self, model: nn.Module, what: str) -> None:
+        """Refuse a model of another architecture.
+
+        Raises:
+            ArchitectureError: With the parameters and shapes that differ.
+        """
+        shapes = {name: torch.empty(shape, device="meta") for name, shape in self.shapes.items()}
+        check_same_architecture(shapes, full_state(model), ("the symmetry", what))
 
     def identity(self) -> Permutation:
         """Give the permutation that changes nothing."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..base.architecture import check_same_architecture, full_state
+from ..base.architecture import full_state
 from ..base.batches import Batch, model_device
 from ..base.errors import SymmetryError
 from .terms import pieces
@@ -100,8 +100,7 @@ def verify(
     """
     from .symmetry import as_example
 
-    shapes = {name: torch.empty(shape, device="meta") for name, shape in symmetry.shapes.items()}
-    check_same_architecture(shapes, full_state(model), ("the symmetry", "the model"))
+    symmetry.check_fits(model, "the model")
     generator = torch.Generator().manual_seed(seed)
     batch = as_example(example_inputs)
     report = _measure(symmetry, model, batch, tolerance, generator, _SPREADS[0])

@@ -153,15 +153,15 @@ class _Search:
     def _neighbours(self, index: int) -> set[int]:
         """Families whose assignment depends on this one: those that share a piece; itself where it meets itself."""
         mine = set(self.families[index].names)
-        touched = set()
+        touched: set[str] = set()
+        again = False
         for pair in self.pairs:
             names = [dim.group for dim in pair.piece.dims if dim.group]
             if mine & set(names):
                 touched |= set(names)
-                if sum(name == self.families[index].group.name for name in names) > 1:
-                    touched.add("again")
+                again |= names.count(self.families[index].group.name) > 1
         near = {at for at, family in enumerate(self.families) if at != index and set(family.names) & touched}
-        return near | ({index} if "again" in touched else set())
+        return near | ({index} if again else set())
 
     def _improve(self, family: Family) -> bool:
         step = self._solve(family)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,19 +15,11 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
 
 
-def test_python_example_opens_the_path(tmp_path: Path) -> None:
+def test_python_example_opens_the_path(run_code: Callable[[str], str]) -> None:
     (code,) = blocks("python")
-    run = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    barriers = re.search(r"barrier (\S+) matched (\S+)", run.stdout)
-    assert barriers, run.stdout
+    printed = run_code(code)
+    barriers = re.search(r"barrier (\S+) matched (\S+)", printed)
+    assert barriers, printed
     naive, matched = map(float, barriers.groups())
     assert naive > 0.3
     assert matched < naive / 3
