@@ -72,7 +72,13 @@ def _linear(inputs: int, outputs: int, init: str) -> nn.Linear:
 
 
 def all_cnn(
-    in_channels: int = 3, classes: int = 10, width: int = 96, norm: Norm = None, *, seed: int | None = None
+    in_channels: int = 3,
+    classes: int = 10,
+    width: int = 96,
+    norm: Norm = None,
+    repeat: int = 1,
+    *,
+    seed: int | None = None,
 ) -> nn.Sequential:
     """Make All-CNN-C, a network of convolutions alone (Springenberg et al. 2015, Table 1).
 
@@ -84,6 +90,8 @@ def all_cnn(
         classes: Outputs.
         width: Channels of the first three layers, 96 in the paper; the others have twice as many.
         norm: `"batch"`, `"layer"` (over the channels of an image), `"group"`, or None as in the paper.
+        repeat: Convolutions in place of each one, for networks of 8, 16, 24, … layers below the classifier; the first
+            of them has its stride, and each has a norm and a ReLU of its own.
         seed: Seed of the initial weights; None draws them from torch's global generator.
 
     Raises:
@@ -93,11 +101,12 @@ def all_cnn(
     >>> all_cnn(width=8, seed=0)(torch.zeros(2, 3, 32, 32)).shape
     torch.Size([2, 10])
     """
-    check_positive("all_cnn", in_channels=in_channels, classes=classes, width=width)
+    check_positive("all_cnn", in_channels=in_channels, classes=classes, width=width, repeat=repeat)
     wide = 2 * width
     # Output channels, kernel, stride.
     plan = [(width, 3, 1), (width, 3, 1), (width, 3, 2), (wide, 3, 1), (wide, 3, 1), (wide, 3, 2)]
     plan += [(wide, 3, 1), (wide, 1, 1)]
+    plan = [(channels, kernel, 1 if i else stride) for channels, kernel, stride in plan for i in range(repeat)]
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     with seeded(seed):
         for i, (channels, kernel, stride) in enumerate(plan, 1):

@@ -50,6 +50,8 @@ class Recipe:
         warmup_epochs: Length of the rise, may be a fraction.
         augment: Random crops and mirrored images, see `loader`.
         label_smoothing: Share of the target spread over all classes, in [0, 1).
+        precision: Of the forward and backward pass: `"float32"`, or `"bfloat16"` (autocast, images with channels last:
+            two to three times as fast where the processor multiplies it). Weights are float32 in both.
         seed: Of the order of the images, their augmentation, and dropout; not of the initial weights.
 
     Raises:
@@ -69,6 +71,7 @@ class Recipe:
     warmup_epochs: float = 1.0
     augment: bool = False
     label_smoothing: float = 0.0
+    precision: Literal["float32", "bfloat16"] = "float32"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -83,6 +86,7 @@ class Recipe:
             ("schedule", self.schedule in ("cosine", "constant", "step"), "'cosine', 'constant' or 'step'"),
             ("warmup_epochs", 0 <= self.warmup_epochs <= self.epochs, f"from 0 to epochs ({self.epochs})"),
             ("label_smoothing", 0 <= self.label_smoothing < 1, "a number in [0, 1)"),
+            ("precision", self.precision in ("float32", "bfloat16"), "'float32' or 'bfloat16'"),
         ):
             if not good:
                 raise RecipeError(f"recipe: {name} is {getattr(self, name)!r}; expected {wanted}")
@@ -260,7 +264,7 @@ def _train_epoch(
         rate = recipe.learning_rate(epoch - 1 + step / len(batches))
         for group in optimizer.param_groups:
             group["lr"] = rate
-        scores = model(x)
+        scores = _scores(model, x, recipe)
         loss = F.cross_entropy(scores, y, label_smoothing=recipe.label_smoothing)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -278,6 +282,13 @@ def _train_epoch(
     history.train_accuracy.append(int(correct) / seen)
     history.lr.append(rate)
     history.seconds.append(time.perf_counter() - start)
+
+
+def _scores(model: nn.Module, x: Tensor, recipe: Recipe) -> Tensor:
+    if recipe.precision == "float32":
+        return model(x)
+    with torch.autocast(x.device.type, torch.bfloat16):
+        return model(x.contiguous(memory_format=torch.channels_last)).float()
 
 
 def _check_loss(total: Tensor, epoch: int, recipe: Recipe) -> None:
