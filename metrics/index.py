@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -98,4 +100,9 @@ class Index(ABC):
         """
         x, y = as_pair(x, y, self.name, self.least)
         with torch.no_grad():
-            return float(self.score(self.prepare(x), self.prepare(y)))
+            value = float(self.score(self.prepare(x), self.prepare(y)))
+        if math.isnan(value):
+            constant = [name for name, values in (("x", x), ("y", y)) if bool((values == values[0]).all())]
+            what = f"{' and '.join(constant)} constant over the samples" if constant else "undefined for these samples"
+            warnings.warn(f"{self.name} is NaN: {what}", stacklevel=2)
+        return value
