@@ -23,7 +23,9 @@ format: $(VENV)/.linked
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.linked
+	$(PIP) install -c constraints.txt --no-build-isolation -e ".[bench]" --config-settings editable_mode=strict
 	$(BIN)/python benchmarks/foundation.py
+	$(BIN)/python benchmarks/similarity.py
 
 studies: $(VENV)/.linked
 	$(BIN)/pytest -m slow

@@ -133,7 +133,14 @@ def batches(data: Data, device: torch.device | str | None = None) -> Iterator[Ba
 
 
 def _is_one_pair(data: Any) -> bool:
-    return isinstance(data, tuple) and len(data) in (1, 2) and all(isinstance(part, Tensor) for part in data)
+    pair = isinstance(data, tuple) and len(data) in (1, 2) and all(isinstance(part, Tensor) for part in data)
+    if pair and len(data) == 2 and data[1].is_floating_point() and data[1].ndim > 1 and data[0].shape == data[1].shape:
+        # Half of the data would be taken for targets, without a word.
+        raise DataError(
+            f"data is a tuple of two tensors of shape {tuple(data[0].shape)}: pass [(x, y)] if the second holds "
+            "targets, or a list if they are two batches, as from x.split()"
+        )
+    return pair
 
 
 def _iterable(data: Any) -> Iterable[Any]:

@@ -56,9 +56,10 @@ def as_pair(x: Tensor | ArrayLike, y: Tensor | ArrayLike, index: str, least: int
         DataError: Not two floating-point matrices with the same number of samples on one device, or too few samples.
         NotFiniteError: One holds NaN or infinity.
     """
-    x, y = as_matrix(x, "x"), as_matrix(y, "y")
+    x, y = (z if isinstance(z, Tensor) else as_matrix(z, name) for name, z in (("x", x), ("y", y)))
     if x.device != y.device:
         raise DataError(f"x is on {x.device}, y on {y.device}; move them to one device")
+    x, y = as_matrix(x, "x"), as_matrix(y, "y")
     if len(x) != len(y):
         raise DataError(f"x has {len(x)} samples (shape {tuple(x.shape)}), y has {len(y)} (shape {tuple(y.shape)})")
     if len(x) < least:

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import fields, is_dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -22,6 +23,8 @@ _UNITS_ON_AXIS_1 = (
     *(_ConvNd, _NormBase, nn.GroupNorm),
     *(_MaxPoolNd, _AvgPoolNd, _AdaptiveAvgPoolNd, _AdaptiveMaxPoolNd),
 )
+# Their children hold weights and are never called.
+_WHOLE = (nn.MultiheadAttention,)
 # Exact types only: a subclass of LayerNorm may well normalise axis 1.
 _UNITS_ON_LAST_AXIS = frozenset({nn.Linear, nn.Bilinear, nn.LayerNorm, nn.Embedding, nn.RNN, nn.LSTM, nn.GRU})
 
@@ -38,18 +41,23 @@ class Activations(dict[str, Tensor]):
         self.origins: dict[str, str] = {}
         self._requested = frozenset(requested)
         self._calls: Counter[str] = Counter()
+        self._without_tensor: dict[str, str] = {}
 
     def clear(self) -> None:
         """Forget the latest forward call."""
         super().clear()
         self.origins.clear()
         self._calls.clear()
+        self._without_tensor.clear()
 
     def record(self, module: str, value: Any) -> None:
         """Copy the tensors in one input or output of a module."""
         self._calls[module] += 1
         call = module if self._calls[module] == 1 else f"{module}#{self._calls[module]}"
-        for name, tensor in _tensors(value, call):
+        tensors = list(_tensors(value, call))
+        if not tensors:
+            self._without_tensor[call] = _describe(value)
+        for name, tensor in tensors:
             wholes = (name[: part.start()] for part in re.finditer(r"\[", name))
             if not self._requested.isdisjoint((module, name, *wholes)):
                 self[name] = tensor.detach().clone()
@@ -59,9 +67,13 @@ class Activations(dict[str, Tensor]):
         parts = [key for key in self if key.startswith(f"{name}[")]
         if parts:
             raise LayerNotFoundError(f"layer {name!r} has several outputs; name one of {', '.join(parts)}")
+        if name in self._without_tensor:
+            raise LayerNotFoundError(
+                f"layer {name!r} gave no tensor but {self._without_tensor[name]}; name a layer that gives one"
+            )
         if name in self._requested:
             raise LayerNotFoundError(
-                f"layer {name!r} exists but was not called in the latest forward call, or gave no tensor"
+                f"layer {name!r} exists but was not called in the latest forward call, or has no such output"
             )
         raise LayerNotFoundError(f"no activation of layer {name!r} was captured{nearest(name, self)}")
 
@@ -75,6 +87,18 @@ def _tensors(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
     elif isinstance(value, (tuple, list)):
         for index, part in enumerate(value):
             yield from _tensors(part, f"{name}[{index}]")
+    elif is_dataclass(value) and not isinstance(value, type):
+        for field in fields(value):
+            yield from _tensors(getattr(value, field.name, None), f"{name}[{field.name}]")
+
+
+def _describe(value: Any) -> str:
+    kind = type(value).__name__
+    if isinstance(value, Mapping):
+        return f"a {kind} of {', '.join(map(str, value)) or 'nothing'}"
+    if isinstance(value, (tuple, list)):
+        return f"a {kind} of {', '.join(type(part).__name__ for part in value) or 'nothing'}"
+    return "None" if value is None else f"a {kind}"
 
 
 @contextmanager
@@ -84,7 +108,7 @@ def capture(
     """Copy the activations of chosen layers whenever the model runs.
 
     Each forward call of `model` first empties the mapping, then fills it in execution order. A module called
-    again is `relu#2`, `relu#3`; a part of a tuple, list or mapping is `lstm[0]`, `lstm[1][0]`, `block[key]`.
+    again is `relu#2`, `relu#3`; a part of a tuple, list, mapping or dataclass is `lstm[0]`, `lstm[1][0]`, `block[key]`.
 
     Args:
         model: The network. Its hooks are as before once the context is left.
@@ -118,17 +142,20 @@ def capture(
 def leaf_layers(model: nn.Module) -> list[str]:
     """Name the modules of a model that have no children.
 
-    A reparametrised layer (weight norm, spectral norm, …) counts as one module: its parametrisations return weights.
+    A reparametrised layer (weight norm, spectral norm, …) counts as one module: its parametrisations return weights. So
+    does `nn.MultiheadAttention`, whose projection is never called.
 
     Raises:
         LayerNotFoundError: The model itself is the only module.
     """
+    wholes = tuple(f"{name}." for name, module in model.named_modules() if name and isinstance(module, _WHOLE))
     names = [
         name
         for name, module in model.named_modules()
         if name
         and "parametrizations" not in name.split(".")
-        and all(child == "parametrizations" for child, _ in module.named_children())
+        and not name.startswith(wholes)
+        and (isinstance(module, _WHOLE) or all(child == "parametrizations" for child, _ in module.named_children()))
     ]
     if not names:
         raise LayerNotFoundError(f"{type(model).__name__} has no submodules; capture it itself with layers=['']")
@@ -161,19 +188,33 @@ def unit_axes(model: nn.Module, activations: Activations) -> dict[str, int | Non
     """Tell the axis of the units of each activation from the kind of module that it came from.
 
     Convolutions, batch and group normalisation and pooling have their units on axis 1; linear, embedding, recurrent and
-    layer normalisation modules on the last. Any other module takes the axis of the latest captured activation of the
-    same shape, and None where there is none.
+    layer normalisation modules on the last; a module with a weight of one axis, such as a normalisation of your own,
+    where the weight fits. Any other module takes the axis of the latest captured activation of the same shape, and None
+    where there is none.
     """
     axes: dict[str, int | None] = {}
     latest: dict[torch.Size, int | None] = {}
     for name, activation in activations.items():
+        if activation.is_nested:  # without a shape
+            axes[name] = None
+            continue
         module = model.get_submodule(activations.origins[name])
         if isinstance(module, _UNITS_ON_AXIS_1):
             latest[activation.shape] = 1
         elif type(module) in _UNITS_ON_LAST_AXIS:
             latest[activation.shape] = -1
+        elif (axis := _weighted_axis(module, activation)) is not None:
+            latest[activation.shape] = axis
         axes[name] = latest.get(activation.shape)
     return axes
+
+
+def _weighted_axis(module: nn.Module, activation: Tensor) -> int | None:
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.ndim != 1 or activation.ndim < 2:
+        return None
+    fitting = [axis for axis in (1, -1) if activation.shape[axis] == len(weight)]
+    return fitting[0] if len(fitting) == 1 else None
 
 
 def check_positions(positions: str) -> None:
@@ -187,11 +228,62 @@ def check_positions(positions: str) -> None:
         raise DataError(f"unknown positions {positions!r}; known: {', '.join(known)}")
 
 
+def as_mask(values: Any, count: int, name: str = "mask") -> Tensor:
+    """Read a mask of tokens.
+
+    Args:
+        values: (N, tokens), bool or numbers 0 and 1; true where a token is real, false where it is padding.
+        count: N, the number of samples.
+        name: What to call it in a message.
+
+    Returns:
+        (N, tokens), bool.
+
+    Raises:
+        DataError: It is nothing of this kind, or all tokens of a sample are masked.
+
+    >>> as_mask(torch.tensor([[1, 1, 0], [1, 0, 0]]), 2)
+    tensor([[ True,  True, False],
+            [ True, False, False]])
+    """
+    if not isinstance(values, Tensor) or values.ndim != 2 or len(values) != count:
+        found = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else f"type {type(values).__name__}"
+        raise DataError(
+            f"{name} has {found}; expected (N, tokens) = ({count}, tokens) of 0 and 1, 1 for a real token: name "
+            "another input, or read without a mask by mask=None"
+        )
+    mask = values != 0
+    if not (mask == values).all():
+        raise DataError(f"{name} of shape {tuple(values.shape)} holds other values than 0 and 1; 1 is a real token")
+    empty = (~mask.any(1)).nonzero().flatten().tolist()
+    if empty:
+        raise DataError(f"{name} of shape {tuple(values.shape)} masks every token of sample {empty[0]}: leave it out")
+    return mask
+
+
+def masks(mask: Tensor, activation: Tensor, unit_axis: int | None = None) -> bool:
+    """Tell whether an activation has one row for each token of a mask.
+
+    It has where its shape without the axis of the units is the shape (N, tokens) of the mask, or (N · tokens). Tokens
+    on a third axis, as in (N, heads, tokens, …), are not looked for.
+
+    >>> mask = torch.ones(2, 5, dtype=torch.bool)
+    >>> [masks(mask, torch.zeros(shape)) for shape in ((2, 5, 8), (10, 8), (2, 8), (2, 4, 5, 5))]
+    [True, True, False, False]
+    """
+    if not 2 <= activation.ndim <= 3:
+        return False
+    rest = list(activation.shape)
+    del rest[-1 if unit_axis is None or activation.ndim == 2 else unit_axis]
+    return rest in (list(mask.shape), [mask.numel()])
+
+
 def as_samples(
     activation: Tensor,
     positions: Positions = "samples",
     *,
     unit_axis: int | None = None,
+    mask: Tensor | None = None,
     name: str = "activation",
 ) -> Tensor:
     """Read an activation as a matrix of samples x units.
@@ -201,13 +293,17 @@ def as_samples(
         positions: Tokens or places of a feature map become samples ("samples", as in Li et al. 2015), are flattened
             into features, position by position ("features", as in Kornblith et al. 2019), or averaged ("mean").
         unit_axis: The axis of the units. Default: 1 of four or five axes, else the last.
+        mask: (N, tokens), bool or 0 and 1, for an activation of (N, tokens, units) or (N · tokens, units): tokens where
+            it is 0 become no samples and add nothing to a mean. Their values may be anything, NaN included.
         name: What to call the activation in a message.
 
     Returns:
-        (N · positions, units), (N, positions · units) or (N, units); a two-dimensional activation is returned as it is.
+        (N · positions, units), (N, positions · units) or (N, units); with a mask (real tokens, units) or (N, units). A
+        two-dimensional activation without a mask is returned as it is.
 
     Raises:
-        DataError: It is no floating-point tensor with an axis of samples and an axis of units.
+        DataError: It is no floating-point tensor with an axis of samples and an axis of units; the mask does not fit,
+            or masks tokens where positions are flattened into features.
         NotFiniteError: It holds NaN or infinity.
 
     >>> as_samples(torch.zeros(5, 8, 4, 4)).shape
@@ -216,11 +312,14 @@ def as_samples(
     torch.Size([5, 128])
     >>> as_samples(torch.zeros(5, 16, 8), "mean").shape
     torch.Size([5, 8])
+    >>> as_samples(torch.zeros(2, 3, 8), mask=torch.tensor([[1, 1, 1], [1, 0, 0]])).shape
+    torch.Size([4, 8])
     """
     check_positions(positions)
     axis = _unit_axis(activation, unit_axis, name)
-    if not activation.isfinite().all():
-        raise NotFiniteError(f"{name} of shape {tuple(activation.shape)} holds NaN or infinity")
+    if mask is not None:
+        return _real_tokens(activation, positions, axis, mask, name)
+    _check_finite(activation, activation, name)
     if activation.ndim == 2:
         return activation
     units_last = activation.movedim(axis, -1)
@@ -231,7 +330,37 @@ def as_samples(
     return units_last.flatten(1, -2).mean(1)
 
 
+def _real_tokens(activation: Tensor, positions: Positions, axis: int, mask: Tensor, name: str) -> Tensor:
+    mask = as_mask(mask, len(mask), f"the mask of {name}")
+    shape = tuple(activation.shape)
+    if not masks(mask, activation, axis):
+        raise DataError(f"{name} of shape {shape} has no row for each token of the mask of shape {tuple(mask.shape)}")
+    units_last = activation if activation.ndim == 2 else activation.movedim(axis, -1)
+    units_last = units_last.reshape(*mask.shape, units_last.shape[-1])
+    if positions == "features" and not mask.all():
+        raise DataError(
+            f"{name} of shape {shape} has {int((~mask).sum())} masked tokens, which cannot be flattened into features: "
+            "choose positions='samples' or positions='mean'"
+        )
+    rows = units_last[mask]
+    _check_finite(rows, activation, name)
+    if positions == "samples":
+        return rows
+    if positions == "features":
+        return units_last.flatten(1)
+    # In float64, so that the length of the padding cannot show in the rounding.
+    kept = units_last.to(torch.float64).masked_fill(~mask[..., None], 0)
+    return (kept.sum(1) / mask.sum(1, keepdim=True)).to(activation.dtype)
+
+
+def _check_finite(values: Tensor, activation: Tensor, name: str) -> None:
+    if not values.isfinite().all():
+        raise NotFiniteError(f"{name} of shape {tuple(activation.shape)} holds NaN or infinity")
+
+
 def _unit_axis(activation: Tensor, unit_axis: int | None, name: str) -> int:
+    if activation.is_nested or activation.layout != torch.strided:
+        raise DataError(f"{name} is a nested or sparse tensor; expected a dense one: make it so inside the network")
     shape = tuple(activation.shape)
     if not activation.is_floating_point():
         raise DataError(f"{name} of shape {shape} is {activation.dtype}; expected floating point: convert it first")

@@ -1,90 +1,105 @@
-"""Linear centred kernel alignment (CKA) between layers."""
+"""Centred kernel alignment (CKA) between layers."""
 
 from __future__ import annotations
 
-import math
-import warnings
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ..base.errors import DataError, NotFiniteError
-from .moments import Moments
+from .hsic import HSIC, CentredKernel, KernelIndex, KernelName, inner_products
+from .index import Invariances
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
+    from .moments import Moments
 
-def cka(x: Tensor | ArrayLike, y: Tensor | ArrayLike) -> float:
-    """Compute the linear CKA of two representations of the same samples (Kornblith et al. 2019, section 3).
+__all__ = ["CKA", "HSIC", "cka", "cka_from_moments"]
 
-    ‖Ycᵀ Xc‖²_F / (‖Xcᵀ Xc‖_F ‖Ycᵀ Yc‖_F) with centred columns: the biased estimator. Computed in float64, through
-    samples x samples or units x units products, whichever are cheaper.
+
+@dataclass(frozen=True)
+class CKA(KernelIndex):
+    """Centred kernel alignment of two representations (Kornblith et al. 2019, equation 4).
+
+    HSIC(K, L)/√(HSIC(K, K) HSIC(L, L)), all in float64. With the linear kernel and the biased estimator it is
+    ‖Ycᵀ Xc‖²_F/(‖Xcᵀ Xc‖_F ‖Ycᵀ Yc‖_F) with centred columns. Values are not clamped: the debiased ones can be negative.
+
+    Args:
+        kernel: "linear", x·y, or "rbf", exp(−d²/(2σ²)).
+        debiased: From the U-statistic of Song et al. (2012), which does not grow with units / samples. It needs four
+            samples.
+        bandwidth: σ in units of the median distance. The median is that of all n² entries of the matrix of squared
+            distances, its zero diagonal included, as in the code of Kornblith et al. (2019).
+
+    Raises:
+        DataError: There is no such kernel; the bandwidth is not positive, or given for a linear kernel.
+
+    >>> x, y = torch.randn(2, 50, 40, generator=torch.Generator().manual_seed(0))
+    >>> round(CKA()(x, y), 3), round(CKA(debiased=True)(x, y), 3)  # independent
+    (0.461, 0.027)
+    """
+
+    name: ClassVar[str] = "cka"
+    invariances: ClassVar[Invariances] = Invariances(
+        orthogonal=True, scaling=True, linear=False, permutation=True, translation=True
+    )
+    scale_free: ClassVar[bool] = True
+
+    def scores(self, states_a: Sequence[CentredKernel], states_b: Sequence[CentredKernel]) -> Tensor:
+        """Compare each kernel of one list with each of another; NaN where one vanishes."""
+        products = inner_products(states_a, states_b)
+        norms = [torch.stack([state.norm for state in states]) for states in (states_a, states_b)]
+        return products / norms[0][:, None] / norms[1]
+
+    def scores_from_moments(self, moments: Moments, layers_a: Sequence[str], layers_b: Sequence[str]) -> Tensor:
+        """Read the biased linear CKA off moments, see `cka_from_moments`."""
+        self._check_from_moments(moments, (*layers_a, *layers_b))
+        norms = {
+            name: torch.where((norm := moments.covariance(name, name).norm()) > 0, norm, torch.nan)
+            for name in dict.fromkeys((*layers_a, *layers_b))
+        }
+        rows = [
+            torch.stack([moments.covariance(a, b).square().sum() / (norms[a] * norms[b]) for b in layers_b])
+            for a in layers_a
+        ]
+        return torch.stack(rows)
+
+
+def cka(
+    x: Tensor | ArrayLike,
+    y: Tensor | ArrayLike,
+    *,
+    kernel: KernelName = "linear",
+    debiased: bool = False,
+    bandwidth: float = 1.0,
+) -> float:
+    """Compute the CKA of two representations of the same samples (Kornblith et al. 2019); see `CKA`.
+
+    In float64; the linear kernel goes through samples x samples or units x units products, whichever are cheaper.
 
     Args:
         x: Samples x units.
         y: Samples x units; the same samples, any number of units.
+        kernel: "linear" or "rbf".
+        debiased: From the U-statistic of Song et al. (2012) instead of the biased estimator.
+        bandwidth: σ of the RBF kernel in units of the median distance, the zero diagonal included.
 
     Returns:
-        Between 0 and 1, unclamped; NaN, with a warning, where a representation does not vary.
+        Unclamped: the biased one lies between 0 and 1; NaN, with a warning, where a representation does not vary.
 
     Raises:
-        DataError: Not two floating-point matrices with the same number of samples, at least two, on one device.
+        DataError: Not two floating-point matrices with the same number of samples on one device, or too few (two; four
+            where debiased); a parameter is wrong.
         NotFiniteError: One holds NaN or infinity.
 
     >>> x = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
     >>> round(cka(x, 3 * x + 1), 6)
     1.0
     """
-    x, y = _as_matrix(x, "x"), _as_matrix(y, "y")
-    if x.device != y.device:
-        raise DataError(f"x is on {x.device}, y on {y.device}; move them to one device")
-    if len(x) != len(y):
-        raise DataError(f"x has {len(x)} samples (shape {tuple(x.shape)}), y has {len(y)} (shape {tuple(y.shape)})")
-    if len(x) < 2:
-        raise DataError(f"x and y have 1 sample (shapes {tuple(x.shape)} and {tuple(y.shape)}); CKA needs at least 2")
-    with torch.no_grad():
-        x, y = _centred(x, "x"), _centred(y, "y")
-        if not (x.any() and y.any()):
-            warnings.warn(f"{'y' if x.any() else 'x'} does not vary over the samples: CKA is NaN", stacklevel=2)
-            return math.nan
-        return _linear_cka(x, y)
-
-
-def _as_matrix(values: Tensor | ArrayLike, name: str) -> Tensor:
-    if not isinstance(values, Tensor):
-        try:
-            values = torch.tensor(np.ascontiguousarray(values))
-        except (TypeError, ValueError) as error:
-            raise DataError(f"{name} is no numeric array: {error}") from error
-    if values.ndim != 2 or values.shape[1] == 0 or values.shape[0] == 0:
-        raise DataError(f"{name} has shape {tuple(values.shape)}; expected samples x units, not empty: see as_samples")
-    if not values.is_floating_point():
-        raise DataError(f"{name} of shape {tuple(values.shape)} is {values.dtype}; expected floating point")
-    return values
-
-
-def _centred(values: Tensor, name: str) -> Tensor:
-    if not values.isfinite().all():
-        raise NotFiniteError(f"{name} of shape {tuple(values.shape)} holds NaN or infinity")
-    values = values.to(torch.float64)
-    # Relative to its first sample a constant column is exactly zero, and stays so.
-    values = values - values[0]
-    values -= values.mean(0)
-    # CKA does not depend on scale, but squares of very large or very small values would leave float64.
-    scale = values.abs().max()
-    return values / scale if scale > 0 else values
-
-
-def _linear_cka(x: Tensor, y: Tensor) -> float:
-    n, p, q = len(x), x.shape[1], y.shape[1]
-    if n * (p + q) < p * p + p * q + q * q:
-        k, l = x @ x.T, y @ y.T  # noqa: E741
-        return float((k * l).sum() / (k.norm() * l.norm()))
-    return float((y.T @ x).square().sum() / ((x.T @ x).norm() * (y.T @ y).norm()))
+    return CKA(kernel, debiased, bandwidth)(x, y, stacklevel=3)
 
 
 def cka_from_moments(moments: Moments, layers_a: Iterable[str], layers_b: Iterable[str]) -> Tensor:
@@ -104,21 +119,11 @@ def cka_from_moments(moments: Moments, layers_a: Iterable[str], layers_b: Iterab
         LayerNotFoundError: A layer or a pair was not kept.
         DataError: There is only one sample.
 
+    >>> from isthmus.metrics import Moments
     >>> x = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
     >>> moments = Moments()
     >>> moments.update({"x": x, "relu": x.relu()})
     >>> cka_from_moments(moments, ["x"], ["x", "relu"])
     tensor([[1.0000, 0.7955]], dtype=torch.float64)
     """
-    layers_a, layers_b = list(layers_a), list(layers_b)
-    norms = {name: moments.covariance(name, name).norm() for name in dict.fromkeys((*layers_a, *layers_b))}
-    for name, norm in norms.items():
-        if moments.count(name) < 2:
-            raise DataError(f"layer {name!r} has 1 sample; CKA needs at least 2")
-        if norm == 0:
-            warnings.warn(f"layer {name!r} does not vary over the samples: its CKA is NaN", stacklevel=2)
-    rows = [
-        torch.stack([moments.covariance(a, b).square().sum() / (norms[a] * norms[b]) for b in layers_b])
-        for a in layers_a
-    ]
-    return torch.stack(rows)
+    return CKA().scores_from_moments(moments, list(layers_a), list(layers_b))

@@ -2,90 +2,37 @@
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import product
-from operator import length_hint
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 
-from ..base.batches import Batch, Data, batches, model_device
-from ..base.errors import DataError, LayerNotFoundError, nearest
+from ..base.batches import Data, batches, model_device
+from ..base.errors import DataError
 from ..base.progress import progress as progress_bar
-from ..base.running import evaluating, on_device
-from .capture import Activations, Positions, as_samples, capture, check_positions, leaf_layers, unit_axes
-from .cka import cka_from_moments
-from .moments import Moments, Pair
+from .capture import Positions
+from .cost import Space, plan
+from .distributed import check_met
+from .gram import Gram
+from .hsic import KernelIndex
+from .index import Index
+from .indices import as_index
+from .minibatch import MinibatchHSIC
+from .moments import Moments
+from .precision import Precision, check_precision, products_in
+from .reading import MASK, Layers, MaskNames, Reader, batch_count, reader, two_sides
+from .similarity import Significance, check_significance, similarity
+from .similarity_map import Similarity
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+_PRODUCTS = {"float32": torch.float32, "tf32": torch.float32, "float64": torch.float64, "bf16": torch.bfloat16}
 
-_PASSING_ON = (nn.Identity, nn.Flatten, _DropoutNd)
+Accumulator = Moments | Gram | MinibatchHSIC
 
-# Each index is read off Moments; beside it, what its values are an estimate of.
-_INDICES: dict[str, tuple[Callable[[Moments, Sequence[str], Sequence[str]], Tensor], str]] = {
-    "cka": (cka_from_moments, "biased linear CKA, feature space"),
-}
-
-
-@dataclass(frozen=True, eq=False)
-class Similarity:
-    """Similarity of each layer of one network with each of another.
-
-    Attributes:
-        values: (layers of a x layers of b), float64.
-        layers_a: Layer names of the rows, in execution order.
-        layers_b: Layer names of the columns, in execution order.
-        index: Name of the similarity index.
-        convention: How it was computed: "positions", the number of "samples", the "estimator".
-    """
-
-    values: np.ndarray
-    layers_a: tuple[str, ...]
-    layers_b: tuple[str, ...]
-    index: str
-    convention: Mapping[str, Any]
-
-    def plot(self, ax: Axes | None = None) -> Axes:
-        """Draw a heat map: layers of b along x, of a along y, the first ones at the lower left.
-
-        Args:
-            ax: Where to draw. Default: a new figure, sized for the layer names.
-
-        Returns:
-            The axes.
-        """
-        rows, columns = self.values.shape
-        if ax is None:
-            import matplotlib.pyplot as plt
-
-            size = (2.5 + 0.25 * max(columns, 8), 1.5 + 0.25 * max(rows, 8))
-            ax = plt.subplots(figsize=size, layout="constrained")[1]
-        image = ax.imshow(self.values, origin="lower", vmin=0, vmax=1, aspect="auto")
-        ax.set_xticks(range(columns), self.layers_b, rotation=90, fontsize=8)
-        ax.set_yticks(range(rows), self.layers_a, fontsize=8)
-        ax.set_xlabel("layers of b")
-        ax.set_ylabel("layers of a")
-        ax.figure.colorbar(image, ax=ax, label=self.index.upper())
-        return ax
-
-    def to_dict(self) -> dict[str, Any]:
-        """Give the content as plain lists and strings for JSON; NaN, which JSON lacks, becomes None."""
-        values = [[None if math.isnan(value) else value for value in row] for row in self.values.tolist()]
-        return {
-            "values": values,
-            "layers_a": list(self.layers_a),
-            "layers_b": list(self.layers_b),
-            "index": self.index,
-            "convention": dict(self.convention),
-        }
+MINIBATCH = "minibatch_cka"
+"""Name of CKA from HSIC₁ averaged over the batches, which has no form on arrays."""
 
 
 def compare(
@@ -93,40 +40,60 @@ def compare(
     model_b: nn.Module,
     data: Data,
     *,
-    index: str = "cka",
-    layers: str | Iterable[str] | tuple[Iterable[str] | None, Iterable[str] | None] | None = None,
+    index: str | Index = "cka",
+    layers: Layers | tuple[Layers, Layers] = None,
     positions: Positions = "samples",
     unit_axis: int | None = None,
-    product_dtype: torch.dtype = torch.float32,
+    mask: MaskNames = MASK,
+    subsample: float | None = None,
+    significance: Significance | None = None,
+    shuffles: int = 200,
+    seed: int = 0,
+    precision: Precision = "float32",
+    space: Space = "auto",
     max_bytes: int = 4 << 30,
+    distributed: bool = False,
     device: torch.device | str | None = None,
     progress: bool | None = None,
+    **parameters: Any,
 ) -> Similarity:
     """Compare each layer of one network with each layer of another on the same inputs, in one pass.
 
     Both networks run in evaluation mode and come back as they were. Of a module with several outputs the first is
-    taken, unless another is named (`lstm[1][0]`).
+    taken, unless another is named (`lstm[1][0]`). What the pass keeps is chosen by the index: units x units moments
+    where these are enough and cheaper, else the samples, of which those beyond `max_bytes` go to a temporary file.
 
     Args:
         model_a: Network of the rows.
         model_b: Network of the columns. Given the same object twice, it runs once.
         data: Batches: `x`, `(x, y)` or mappings of keyword inputs; one tensor is one batch.
-        index: Similarity index: "cka".
+        index: A key of `INDICES`; "minibatch_cka", the average over batches of Nguyen et al. (2021), whose memory does
+            not grow with the data; or an index such as `CKA(debiased=True)`.
         layers: Layer names for both, or a tuple of two lists, one for each. Default: all modules without children that
             run and give samples x units, but for those that only pass data on (identity, dropout, flatten).
         positions: How places of feature maps and tokens are read, see `as_samples`.
         unit_axis: The axis of the units in every activation. Default: told by the kind of module, see `as_samples`.
-        product_dtype: Precision of the products of centred activations; sums are float64.
-        max_bytes: Refuse to keep cross-moments beyond this size.
+        mask: Name of the input that is 0 for padding, which then does not count, see `reader`. Default:
+            "attention_mask" where a batch holds it.
+        subsample: Share of the rows of each batch to keep, see `reader`. Default: all.
+        significance: "permutation", "jackknife" or "both", see `similarity`.
+        shuffles: Of the permutation null.
+        seed: Of the subsample, the shuffles and the groups of the jackknife.
+        precision: Of the products of CKA and HSIC: "float32", "float64", "bf16" or "tf32", taken of centred
+            activations, see `cka_from_gram`.
+        space: Where CKA and HSIC are computed, "sample", "feature", "mixed", or whichever costs least, see `plan`.
+        max_bytes: Bound on what is held at once, see `similarity`.
+        distributed: Each process of torch.distributed holds a share of the data; all get the result of the whole.
         device: Where to run. Default: the device of `model_a`. A network that is elsewhere is copied there.
         progress: Show a bar: always, never, or on a terminal only (None).
+        **parameters: Of the index: `compare(a, b, data, index="cka", kernel="rbf", bandwidth=0.5)`.
 
     Returns:
         The similarities, with the names of the layers.
 
     Raises:
-        DataError: The index is unknown; layers differ in their number of samples; the cross-moments are too large; the
-            data cannot be read. All before the second batch.
+        DataError: The index or a parameter is unknown; layers differ in their number of samples; there are too few; the
+            data cannot be read.
         LayerNotFoundError: A network lacks a layer, or did not call it.
         NotFiniteError: An activation holds NaN or infinity.
 
@@ -135,122 +102,126 @@ def compare(
     >>> similarity = compare(a, b, torch.randn(100, 4))
     >>> similarity.layers_a, similarity.values.shape
     (('0', '1', '2'), (3, 3))
+    >>> compare(a, b, torch.randn(100, 4), index="svcca", threshold=0.9).values.shape
+    (3, 3)
     """
-    measure, estimator = _find_index(index)
-    check_positions(positions)
+    chosen = _minibatch(parameters) if index == MINIBATCH else as_index(index, parameters)
+    check_significance(significance)
+    check_precision(precision)
+    if distributed:
+        check_met()
+    if significance is not None and not isinstance(chosen, Index):
+        raise DataError(f"{MINIBATCH} keeps no samples to shuffle or leave out; take index='cka', debiased=True")
     device = torch.device(device) if device is not None else model_device(model_a)
-    sides = _sides(model_a, model_b, layers, device)
-    total = None if isinstance(data, (Tensor, Mapping, tuple, Batch)) else length_hint(data) or None
-    moments, keys = None, []
-    with ExitStack() as stack:
-        captured = _watch(sides, stack)
-        for batch in progress_bar(batches(data, device), "compare", total, progress):
-            for model in captured:
-                batch.call(model)
-            keys = [side.keys(captured[side.model]) for side in sides]
-            samples = _read(sides, keys, captured, positions, unit_axis)
-            if moments is None:
-                moments = Moments(_pairs(*_names(sides, keys)), product_dtype=product_dtype)
-                _check_size(moments.pairs, samples, max_bytes)
-            moments.update(samples)
-    assert moments is not None  # without a batch, batches raises
-    names_a, names_b = _names(sides, keys)
-    values = measure(moments, names_a, names_b).cpu().numpy()
-    convention = {"positions": positions, "samples": moments.count(names_a[0]), "estimator": estimator}
-    return Similarity(values, tuple(keys[0]), tuple(keys[1]), index, convention)
+    sides = two_sides(model_a, model_b, layers, device)
+    kept: Accumulator | None = None
+    with reader(sides, positions=positions, unit_axis=unit_axis, mask=mask, subsample=subsample, seed=seed) as read:
+        for batch in progress_bar(batches(data, device), "compare", batch_count(data), progress):
+            samples = read(batch)
+            if kept is None:
+                _check_counts(samples, read.names)
+                expected = None if distributed else _expected(samples, data)
+                room = 0 if significance is not None else max_bytes
+                kept = _accumulator(chosen, samples, read.names, expected, precision, space, room, max_bytes)
+            with products_in(precision):
+                kept.update(samples)
+    assert kept is not None  # without a batch, batches raises
+    if distributed:
+        kept.all_reduce()
+    options: dict[str, Any] = {"significance": significance, "shuffles": shuffles, "seed": seed}
+    return _read_off(kept, chosen, read, options | {"precision": precision, "space": space, "max_bytes": max_bytes})
 
 
-@dataclass(frozen=True)
-class _Side:
-    """One network of the two; `prefix` tells its layers from those of the other."""
-
-    model: nn.Module
-    prefix: str
-    layers: tuple[str, ...]
-    chosen: bool  # by the user, by name
-
-    def keys(self, activations: Activations) -> list[str]:
-        keys = []
-        for key, module in activations.origins.items():
-            first_output = module in self.layers and not re.search(r"\[[1-9]", key.removeprefix(module))
-            comparable = activations[key].is_floating_point() and activations[key].ndim > 1
-            if (first_output or key in self.layers) and (comparable or self.chosen):
-                keys.append(key)
-        if self.chosen:
-            for name in self.layers:
-                if name not in keys and name not in {activations.origins[key] for key in keys}:
-                    activations[name]  # says why it is missing
-        if not keys:
-            raise LayerNotFoundError(f"{type(self.model).__name__}: no layer with samples x units ran; name some")
-        return keys
+def _minibatch(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    known = ("kernel", "bandwidth")
+    for name in parameters:
+        if name not in known:
+            raise DataError(f"{MINIBATCH} has no parameter {name!r}; known: {', '.join(known)}")
+    MinibatchHSIC(**parameters)  # refuses bad values before a network runs
+    return dict(parameters)
 
 
-def _names(sides: Sequence[_Side], keys: Sequence[Sequence[str]]) -> list[list[str]]:
-    return [[side.prefix + key for key in own] for side, own in zip(sides, keys, strict=True)]
+def _expected(samples: Mapping[str, Tensor], data: Data) -> int | None:
+    """Guess the number of samples from the first batch; None where the data does not tell how many batches it has."""
+    first = len(next(iter(samples.values())))
+    if isinstance(data, (Tensor, Mapping, tuple)):
+        return first
+    count = batch_count(data)
+    return None if count is None else count * first
 
 
-def _read(
-    sides: Sequence[_Side],
-    keys: Sequence[Sequence[str]],
-    captured: Mapping[nn.Module, Activations],
-    positions: Positions,
-    unit_axis: int | None,
-) -> dict[str, Tensor]:
-    samples: dict[str, Tensor] = {}
-    for side, own in zip(sides, keys, strict=True):
-        activations = captured[side.model]
-        axes = unit_axes(side.model, activations)
-        for key in own:
-            name, activation = side.prefix + key, activations[key]
-            if name not in samples:
-                axis = axes[key] if unit_axis is None or activation.ndim == 2 else unit_axis
-                samples[name] = as_samples(activation, positions, unit_axis=axis, name=name)
-    return samples
+def _accumulator(
+    index: Index | Mapping[str, Any],
+    samples: Mapping[str, Tensor],
+    names: Sequence[Sequence[str]],
+    expected: int | None,
+    precision: Precision,
+    space: Space,
+    room: int,
+    max_bytes: int,
+) -> Accumulator:
+    """Choose what is kept: moments where they are enough, fit into `room`, and cost less than the samples."""
+    dtype = _PRODUCTS[precision]
+    if not isinstance(index, Index):
+        wide = torch.promote_types(dtype, torch.float32)
+        return MinibatchHSIC(**index, layers=(names[0], names[1]), product_dtype=wide, max_bytes=max_bytes)
+    pairs = [*((name, name) for own in names for name in own), *product(*names)]
+    units = {name: rows.shape[1] for name, rows in samples.items()}
+    moments = sum(8 * units[a] * units[b] for a, b in dict.fromkeys(pairs))
+    if index.from_moments and moments <= room and _moments_cost_less(index, units, names, expected, space, max_bytes):
+        exact = not isinstance(index, KernelIndex)
+        return Moments(pairs, product_dtype=torch.float64 if exact else dtype)
+    kept = torch.promote_types(dtype, torch.float32)
+    return Gram(dtype=kept, max_bytes=max_bytes)
 
 
-def _find_index(index: str) -> tuple[Callable[[Moments, Sequence[str], Sequence[str]], Tensor], str]:
-    if index not in _INDICES:
-        raise DataError(f"unknown index {index!r}{nearest(index, _INDICES)}")
-    return _INDICES[index]
+def _moments_cost_less(
+    index: Index,
+    units: Mapping[str, int],
+    names: Sequence[Sequence[str]],
+    expected: int | None,
+    space: Space,
+    max_bytes: int,
+) -> bool:
+    if expected is None:
+        return space in ("auto", "feature")
+    if isinstance(index, KernelIndex):
+        sides = [{name: units[name] for name in own} for own in names]
+        return all(each == "feature" for each in plan(expected, sides[0], sides[1], space=space).space.values())
+    # Where the samples fit, a factorisation of them is more accurate than one of their covariances.
+    return 4 * expected * sum(units.values()) > max_bytes
 
 
-def _sides(model_a: nn.Module, model_b: nn.Module, layers: Any, device: torch.device) -> tuple[_Side, _Side]:
-    per_side = isinstance(layers, tuple) and len(layers) == 2 and not any(isinstance(part, str) for part in layers)
-    if not per_side and layers is not None and not isinstance(layers, str):
-        layers = tuple(layers)  # read once for each side
-    chosen_a, chosen_b = layers if per_side else (layers, layers)
-    a = _side(on_device(model_a, device), chosen_a, "model_a.")
-    b = _side(a.model if model_b is model_a else on_device(model_b, device), chosen_b, "model_b.")
-    return (replace(a, prefix=""), replace(b, prefix="")) if model_a is model_b else (a, b)
+def _check_counts(samples: Mapping[str, Tensor], names: Sequence[Sequence[str]]) -> None:
+    for a, b in product(*names):
+        if len(samples[a]) != len(samples[b]):
+            raise DataError(
+                f"layers {a!r} and {b!r} have {len(samples[a])} and {len(samples[b])} samples, but a pair needs the "
+                "same samples; where they differ in positions, read both with positions='mean' or "
+                "positions='features', or leave the pair out"
+            )
 
 
-def _side(model: nn.Module, layers: str | Iterable[str] | None, prefix: str) -> _Side:
-    if layers is not None:
-        return _Side(model, prefix, (layers,) if isinstance(layers, str) else tuple(layers), chosen=True)
-    names = (name for name in leaf_layers(model) if not isinstance(model.get_submodule(name), _PASSING_ON))
-    return _Side(model, prefix, tuple(names), chosen=False)
-
-
-def _watch(sides: tuple[_Side, _Side], stack: ExitStack) -> dict[nn.Module, Activations]:
-    stack.enter_context(torch.no_grad())
-    layers = {
-        side.model: [name for other in sides if other.model is side.model for name in other.layers] for side in sides
-    }
-    for model in layers:
-        stack.enter_context(evaluating(model))
-    return {model: stack.enter_context(capture(model, names)) for model, names in layers.items()}
-
-
-def _pairs(names_a: list[str], names_b: list[str]) -> list[Pair]:
-    return [*((name, name) for name in (*names_a, *names_b)), *product(names_a, names_b)]
-
-
-def _check_size(pairs: Iterable[Pair], samples: Mapping[str, Tensor], max_bytes: int) -> None:
-    needed = sum(8 * samples[a].shape[1] * samples[b].shape[1] for a, b in pairs)
-    if needed > max_bytes:
-        largest = max(samples, key=lambda name: samples[name].shape[1])
-        raise DataError(
-            f"the cross-moments would take {needed / 2**30:.3g} GiB (the largest layer, {largest}, has "
-            f"{samples[largest].shape[1]} units), more than max_bytes={max_bytes}: choose positions='mean', fewer "
-            "layers, or a larger max_bytes"
+def _read_off(
+    kept: Accumulator, index: Index | Mapping[str, Any], read: Reader, options: Mapping[str, Any]
+) -> Similarity:
+    names_a, names_b = read.names
+    layers_a, layers_b = read.layers
+    if isinstance(kept, Gram):
+        assert isinstance(index, Index)
+        found = similarity(kept, index=index, layers=(names_a, names_b), **options)
+        convention = {**read.convention, **found.convention, "kept": "samples"}
+        return replace(found, layers_a=layers_a, layers_b=layers_b, convention=convention)
+    if isinstance(kept, MinibatchHSIC):
+        kernel = f"{kept.kernel} kernel" + (
+            f", σ = {kept.bandwidth:g} × median distance" if kept.kernel == "rbf" else ""
         )
+        estimator = f"HSIC₁ averaged over {kept.batches} batches, {kernel}"
+        values, kind, samples = kept.cka(names_a, names_b), "batches", kept.samples
+        name, distance = MINIBATCH, False
+    else:
+        assert isinstance(index, Index)
+        values, kind, samples = index.scores_from_moments(kept, names_a, names_b), "moments", kept.count(names_a[0])
+        estimator, name, distance = index.estimator, index.name, index.distance
+    convention = read.convention | {"samples": samples, "estimator": estimator, "kept": kind}
+    return Similarity(values.cpu().numpy(), layers_a, layers_b, name, convention, distance)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from ..base.errors import DataError, NotFiniteError
 from .arrays import as_pair
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Invariances:
-    """Changes of one representation, x or y, that leave an index as it is.
+    """Changes of one representation that leave an index as it is.
 
     Attributes:
         orthogonal: x → x Q with an orthogonal matrix Q (rotations and reflections of the space of units).
@@ -48,7 +49,10 @@ class Index(ABC):
     """
 
     name: ClassVar[str]
-    invariances: ClassVar[Invariances] | Invariances
+    invariances: ClassVar[Invariances]
+    """What may be done to x alone; to y as well, unless `invariances_y` says otherwise."""
+    invariances_y: ClassVar[Invariances | None] = None
+    """What may be done to y alone, where it is not what may be done to x."""
     distance: ClassVar[bool] = False
     """A distance is 0 for equal representations, a similarity is largest."""
     symmetric: ClassVar[bool] = True
@@ -91,18 +95,51 @@ class Index(ABC):
         """Compare layers by their moments alone: (len(a) x len(b)) in float64."""
         raise NotImplementedError(f"{self.name} needs the samples themselves")
 
-    def __call__(self, x: Tensor | ArrayLike, y: Tensor | ArrayLike) -> float:
+    def __call__(self, x: Tensor | ArrayLike, y: Tensor | ArrayLike, *, stacklevel: int = 2) -> float:
         """Compare two representations, arrays or tensors of samples x units.
+
+        Args:
+            x: Samples x units.
+            y: Samples x units; the same samples, any number of units.
+            stacklevel: Which caller a warning is ascribed to, see `warnings.warn`.
+
+        Returns:
+            The value; NaN, with a warning, where it is undefined, as for a representation that does not vary.
 
         Raises:
             DataError: Not two floating-point matrices with the same number of samples on one device, or too few.
-            NotFiniteError: One holds NaN or infinity.
+            NotFiniteError: One holds NaN or infinity, or the value leaves float64.
         """
         x, y = as_pair(x, y, self.name, self.least)
         with torch.no_grad():
             value = float(self.score(self.prepare(x), self.prepare(y)))
+        if math.isinf(value):
+            raise NotFiniteError(f"{self.name} of x and y overflows float64; rescale them")
         if math.isnan(value):
-            constant = [name for name, values in (("x", x), ("y", y)) if bool((values == values[0]).all())]
-            what = f"{' and '.join(constant)} constant over the samples" if constant else "undefined for these samples"
-            warnings.warn(f"{self.name} is NaN: {what}", stacklevel=2)
+            fixed = [name for name, values in (("x", x), ("y", y)) if bool((values == values[0]).all())]
+            what = f"{' and '.join(fixed)} {'do' if len(fixed) > 1 else 'does'} not vary over the samples"
+            warnings.warn(
+                f"{self.name} is NaN: {what if fixed else 'undefined for these samples'}", stacklevel=stacklevel
+            )
         return value
+
+
+def check_moments(moments: Moments, layers: Iterable[str], index: str, least: int = 2) -> None:
+    """Refuse layers with too few samples before an index is read off moments; warn of those that do not vary.
+
+    Args:
+        moments: With the layers.
+        layers: Their names.
+        index: What they are for, in a message.
+        least: The fewest samples that the index is defined for.
+
+    Raises:
+        DataError: A layer has fewer samples.
+        LayerNotFoundError: A layer is missing.
+    """
+    for name in dict.fromkeys(layers):
+        count = moments.count(name)
+        if count < least:
+            raise DataError(f"layer {name!r} has {count} sample{'s' * (count > 1)}; {index} needs at least {least}")
+        if not moments.variance(name).any():
+            warnings.warn(f"layer {name!r} does not vary over the samples: its {index} is NaN", stacklevel=3)

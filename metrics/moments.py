@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import combinations_with_replacement
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from ..base.errors import CheckpointError, DataError, LayerNotFoundError, NotFiniteError, nearest
-from ..base.files import PathLike, write_atomic
+from ..base.errors import DataError, LayerNotFoundError, NotFiniteError, nearest
+from ..base.files import PathLike
+from .batch_checks import Pair, check_layers, check_matrix, check_pair, check_same, unique_pairs
+from .state_file import read_state, write_state
 
-Pair = tuple[str, str]
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _FORMAT = "isthmus.moments.1"
 _PRODUCT_DTYPES = (torch.float64, torch.float32, torch.bfloat16)
@@ -44,7 +46,8 @@ class Moments:
     """Joint means and (co)variances of the units of many layers, from any number of batches.
 
     Batches are merged by the pairwise update of Chan, Golub & LeVeque (1983): no two large sums are ever subtracted.
-    Sums are float64, on the device of the activations.
+    Sums are float64, on the device of the activations. Of a data set in parts, `merge` joins the moments of each part;
+    where the parts are with the processes of `torch.distributed`, `all_reduce` joins them in every process.
 
     Args:
         pairs: The layers whose cross-moments are kept: "all" pairs, a layer with itself included; "none" (means and
@@ -73,7 +76,7 @@ class Moments:
         if product_dtype not in _PRODUCT_DTYPES:
             raise DataError(f"product_dtype is {product_dtype}; expected one of {', '.join(map(str, _PRODUCT_DTYPES))}")
         self._every_pair = isinstance(pairs, str) and pairs == "all"
-        self._pairs = _unique_pairs(pairs)
+        self._pairs = unique_pairs(pairs)
         self.product_dtype = product_dtype
         self._sums: dict[str, _Sums] = {}
         self._products: dict[Pair, Tensor] = {}
@@ -110,7 +113,7 @@ class Moments:
             paired = {name for pair in pairs for name in pair}
             batch, centred = {}, {}
             for name, x in activations.items():
-                shift = self._sums[name].shift if name in self._sums else x[0].to(torch.float64)
+                shift = self._sums[name].shift if name in self._sums else x[0].to(torch.float64, copy=True)
                 batch[name], x = _centre(x, shift, self.product_dtype)
                 _check_range(name, batch[name], self.product_dtype)
                 if name in paired:
@@ -123,18 +126,15 @@ class Moments:
     def _check(self, activations: Mapping[str, Tensor]) -> tuple[Pair, ...]:
         names = tuple(activations)
         pairs = tuple(combinations_with_replacement(names, 2)) if self._every_pair and not self._sums else self._pairs
-        if not names or (self._sums and set(names) != set(self._sums)):
-            raise DataError(
-                f"the batch holds the layers {', '.join(names) or '(none)'}; expected "
-                f"{', '.join(self._sums) or 'at least one'}, the same in every batch"
-            )
+        check_layers(names, self._sums)
         for name, x in activations.items():
-            _check_matrix(name, x, self._sums.get(name))
+            sums = self._sums.get(name)
+            check_matrix(name, x, (len(sums.mean), sums.mean.device) if sums else None)
         for a, b in pairs:
             for name in (a, b):
                 if name not in activations:
                     raise LayerNotFoundError(f"layer {name!r} of pair {(a, b)} is missing{nearest(name, names)}")
-            _check_pair(a, b, activations)
+            check_pair(a, b, activations)
         return pairs
 
     def _allocate(self, batch: Mapping[str, _Sums]) -> None:
@@ -179,7 +179,7 @@ class Moments:
             return self
         device = next(iter((self if self._sums else other)._sums.values())).mean.device
         with torch.inference_mode(False), torch.no_grad():
-            self._check_mergeable(other)
+            check_same("moments", [self._shared(), other._shared()], ["this accumulator", "the other one"])
             theirs = {name: sums.to(device) for name, sums in other._sums.items()}
             # A copy: one accumulator merged with itself must not read what it has just written.
             products = {pair: other._product(*pair).to(device, copy=True) for pair in self._pairs or other._pairs}
@@ -189,15 +189,31 @@ class Moments:
             self._absorb(theirs, lambda total, a, b: total.add_(products[a, b]))
         return self
 
-    def _check_mergeable(self, other: Moments) -> None:
-        mine = {frozenset(pair) for pair in self._pairs}
-        if mine != {frozenset(pair) for pair in other._pairs} and (self._sums or not self._every_pair):
-            raise DataError(f"cannot merge moments of other pairs: {self._pairs} and {other._pairs}")
-        if not self._sums:
-            return
-        units = [{name: len(sums.mean) for name, sums in moments._sums.items()} for moments in (self, other)]
-        if units[0] != units[1]:
-            raise DataError(f"cannot merge moments of other layers (units by name): {units[0]} and {units[1]}")
+    def _shared(self) -> dict[str, Any]:
+        pairs = {(min(pair), max(pair)) for pair in self._pairs}
+        return {
+            "pairs": pairs if self._sums or not self._every_pair else None,
+            "units": {name: len(sums.mean) for name, sums in self._sums.items()} or None,
+        }
+
+    def all_reduce(self, group: ProcessGroup | None = None) -> Moments:
+        """Add up what all processes of a group have seen, in place; every process ends with the same bits.
+
+        Each process calls this once, after its last batch, also one that has seen none. See `distributed`.
+
+        Args:
+            group: The processes. Default: all.
+
+        Returns:
+            This accumulator.
+
+        Raises:
+            DataError: `torch.distributed` is not initialised, or layers, unit counts or pairs differ between processes
+                (then in all of them).
+        """
+        from .distributed import all_reduce_moments
+
+        return all_reduce_moments(self, group)
 
     def _layer(self, name: str) -> _Sums:
         if name not in self._sums:
@@ -278,8 +294,6 @@ class Moments:
         Raises:
             OutputError: The file cannot be written.
         """
-        from safetensors.torch import save_file
-
         tensors = {f"product.{index}": self._products[pair] for index, pair in enumerate(self._products)}
         for index, sums in enumerate(self._sums.values()):
             tensors |= {f"{part}.{index}": getattr(sums, part) for part in ("shift", "mean", "squares")}
@@ -289,8 +303,7 @@ class Moments:
             "every_pair": self._every_pair,
             "product_dtype": str(self.product_dtype).removeprefix("torch."),
         }
-        metadata = {"format": _FORMAT, "content": json.dumps(content)}
-        return write_atomic(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+        return write_state(path, _FORMAT, content, tensors)
 
     @classmethod
     def load(cls, path: PathLike, device: torch.device | str = "cpu") -> Moments:
@@ -303,22 +316,10 @@ class Moments:
         Raises:
             CheckpointError: The file is missing, damaged, or holds something else.
         """
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != _FORMAT:
-                    raise CheckpointError(f"{path} holds no moments; it was not written by Moments.save")
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            return cls._from_file(json.loads(metadata["content"]), tensors)
-        except (SafetensorError, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            if isinstance(error, CheckpointError):
-                raise
-            raise CheckpointError(f"{path} is not a whole file of moments: {error}") from error
+        return read_state(path, _FORMAT, cls._from_file, device)
 
     @classmethod
-    def _from_file(cls, content: dict, tensors: dict[str, Tensor]) -> Moments:
+    def _from_file(cls, content: Any, tensors: dict[str, Tensor]) -> Moments:
         pairs = [(a, b) for a, b in content["pairs"]]
         moments = cls("all" if content["every_pair"] else pairs, product_dtype=getattr(torch, content["product_dtype"]))
         moments._pairs = tuple(pairs)
@@ -328,45 +329,6 @@ class Moments:
         for index, pair in enumerate(pairs if moments._sums else ()):
             moments._products[pair] = tensors[f"product.{index}"]
         return moments
-
-
-def _unique_pairs(pairs: str | Iterable[Pair]) -> tuple[Pair, ...]:
-    if isinstance(pairs, str):
-        if pairs not in ("all", "none"):
-            raise DataError(f"pairs is {pairs!r}; expected 'all', 'none' or pairs of names")
-        return ()
-    unique: dict[frozenset[str], Pair] = {}
-    for pair in pairs:
-        if isinstance(pair, str) or len(pair) != 2:
-            raise DataError(f"pairs holds {pair!r}; expected pairs of names, such as ('conv1', 'conv2')")
-        a, b = pair
-        unique.setdefault(frozenset((a, b)), (a, b))
-    return tuple(unique.values())
-
-
-def _check_matrix(name: str, x: Tensor, known: _Sums | None) -> None:
-    shape = tuple(x.shape)
-    if x.ndim != 2 or not x.numel():
-        raise DataError(f"layer {name!r} has shape {shape}; expected samples x units, not empty: see as_samples")
-    if not x.is_floating_point():
-        raise DataError(f"layer {name!r} of shape {shape} is {x.dtype}; expected floating point: convert it first")
-    if known is None:
-        return
-    if shape[1] != len(known.mean):
-        raise DataError(f"layer {name!r} has {shape[1]} units (shape {shape}); earlier batches had {len(known.mean)}")
-    if x.device != known.mean.device:
-        raise DataError(f"layer {name!r} is on {x.device}, its moments on {known.mean.device}; move them with .to()")
-
-
-def _check_pair(a: str, b: str, activations: Mapping[str, Tensor]) -> None:
-    x, y = activations[a], activations[b]
-    if len(x) != len(y):
-        raise DataError(
-            f"layers {a!r} and {b!r} have {len(x)} and {len(y)} samples, but a pair needs the same samples; where they "
-            "differ in positions, read both with positions='mean' or positions='features', or leave the pair out"
-        )
-    if x.device != y.device:
-        raise DataError(f"layers {a!r} and {b!r} are on {x.device} and {y.device}; move them to one device")
 
 
 def _centre(x: Tensor, shift: Tensor, dtype: torch.dtype) -> tuple[_Sums, Tensor]:

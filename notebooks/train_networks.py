@@ -26,7 +26,6 @@ QUICK = os.environ.get("ISTHMUS_QUICK") == "1"
 FOLDER = Path(os.environ.get("ISTHMUS_CACHE", Path.home() / ".cache" / "isthmus")) / (
     "layer_similarity_quick" if QUICK else "layer_similarity"
 )
-DATA_DIR = os.environ.get("ISTHMUS_DATA", "../shared/data" if Path("../shared/data").exists() else None)
 
 MAIN = "digits" if QUICK else "cifar10"
 OTHER = "digits" if QUICK else "fashion_mnist"
@@ -60,15 +59,15 @@ class Plan:
 def dataset(name: str, split: zoo.data.Split = "train") -> zoo.Dataset:
     """Load the data of a plan: `main`, `other` (in the shape of main), `few` (some of main), `random` (its labels random)."""
     if name in ("few", "random"):
-        few = zoo.load_data(MAIN, split, data_dir=DATA_DIR, limit=MEMORISED)
+        few = zoo.load_data(MAIN, split, limit=MEMORISED)
         if name == "few":
             return few
         labels = torch.randint(len(few.classes), few.labels.shape, generator=torch.Generator().manual_seed(0))
         return dataclasses.replace(few, labels=labels, source=f"{few.source}; labels drawn at random")
-    main = zoo.load_data(MAIN, split, data_dir=DATA_DIR)
+    main = zoo.load_data(MAIN, split)
     if name == "main":
         return main
-    other = zoo.load_data(OTHER, split, data_dir=DATA_DIR)
+    other = zoo.load_data(OTHER, split)
     channels, size = main.images.shape[1], main.images.shape[-1]
     pad = (size - other.images.shape[-1]) // 2
     images = F.pad(other.images, (pad, pad, pad, pad)).expand(-1, channels, -1, -1)

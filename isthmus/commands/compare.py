@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import ArgFile, DataOptions, Names, NetworkOptions, common_options, data_options, network_options
+from .options import (
+    ArgFile,
+    DataOptions,
+    JsonObject,
+    Names,
+    NetworkOptions,
+    common_options,
+    data_options,
+    network_options,
+)
 from .outputs import check_file, emit
+
+if TYPE_CHECKING:
+    from isthmus.metrics import Similarity
+    from isthmus.metrics.capture import Positions
+    from isthmus.metrics.similarity import Significance
 
 
 @click.command("compare")
@@ -15,7 +30,18 @@ from .outputs import check_file, emit
 @click.argument("b", type=ArgFile)
 @network_options
 @data_options
-@click.option("--index", default="cka", show_default=True, help="The similarity index.")
+@click.option("--index", default="cka", show_default=True, help="cka, hsic, cca, svcca, pwcca, procrustes, rsa, …")
+@click.option(
+    "--index-args",
+    type=JsonObject(),
+    default="{}",
+    help='JSON object: parameters of the index, e.g. {"kernel": "rbf", "debiased": true}.',
+)
+@click.option(
+    "--significance",
+    type=click.Choice(["permutation", "jackknife", "both"]),
+    help="Shuffle samples for p-values, leave groups of them out for an interval, or both.",
+)
 @click.option(
     "--positions",
     type=click.Choice(["samples", "features", "mean"]),
@@ -32,7 +58,9 @@ def command(
     network: NetworkOptions,
     data: DataOptions,
     index: str,
-    positions: str,
+    index_args: dict[str, Any],
+    significance: Significance | None,
+    positions: Positions,
     layers: tuple[str, ...] | None,
     plot: Path | None,
     device: str,
@@ -46,27 +74,43 @@ def command(
     check_file(plot, (".png", ".svg", ".pdf"))
     from isthmus.metrics import compare
 
-    from ..plain import number, table
+    from ..plain import table
     from .inputs import check_device, load_networks, open_data
 
     check_device(device)
     source = open_data(data, data.split or "test", device)
     model_a, model_b = (model.to(device) for model in load_networks(network, (a, b), source))
-    found = compare(model_a, model_b, source.batches, index=index, layers=layers, positions=positions)  # pyright: ignore[reportArgumentType]
+    found = compare(
+        model_a, model_b, source.batches, index=index, layers=layers, positions=positions, significance=significance,
+        seed=seed, **index_args,
+    )  # fmt: skip
     if plot is not None:
         from .. import figures
 
         figures.save(figures.similarity_figure(found), plot)
-    best = found.values.argmax(1)
-    rows = [
-        (layer, number(found.values[row, row]), found.layers_b[best[row]], number(found.values[row, best[row]]))
-        for row, layer in enumerate(found.layers_a)
-    ]
-    headers = ("layer of A", "same layer of B", "most similar layer of B", found.index.upper())
     samples = f"{found.convention['samples']:,} samples, positions={positions}, {found.convention['estimator']}"
-    lines = [f"measured on {source}: {samples}", "", table(headers, rows)]
+    lines = [f"measured on {source}: {samples}", "", table(*_rows(found))]
     emit(
         as_json,
         {**found.to_dict(), "measured_on": source.to_dict(), "seed": seed},
         [*lines, *([] if plot is None else [f"wrote {plot}"])],
     )
+
+
+def _rows(found: Similarity) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    from ..plain import number
+
+    name = found.index.upper() if len(found.index) < 6 else found.index
+    headers = ["layer of A", "same layer of B", "most similar layer of B", name]
+    headers += ["p"] * (found.p_values is not None) + ["95 % interval"] * (found.interval is not None)
+    rows = []
+    for row, (layer, nearest) in enumerate(zip(found.layers_a, found.nearest_layers(), strict=True)):
+        column = found.layers_b.index(nearest)
+        cells = [layer, number(found.values[row, row]) if row < len(found.layers_b) else "–"]
+        cells += [nearest, number(found.values[row, column])]
+        if found.p_values is not None:
+            cells.append(number(found.p_values[row, column]))
+        if found.interval is not None:
+            cells.append(" … ".join(number(end) for end in found.interval[:, row, column]))
+        rows.append(tuple(cells))
+    return tuple(headers), rows

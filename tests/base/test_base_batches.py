@@ -187,3 +187,13 @@ def test_a_model_is_where_its_first_tensor_is() -> None:
     assert model_device(nn.Linear(2, 2, device="meta")).type == "meta"
     assert model_device(nn.BatchNorm1d(2, affine=False, device="meta")).type == "meta"
     assert model_device(nn.ReLU()).type == "cpu"
+
+
+def test_two_equal_parts_of_a_split_are_not_taken_for_inputs_and_targets():
+    x = torch.arange(24.0).view(6, 4)
+    with pytest.raises(DataError, match=r"two tensors of shape \(3, 4\).*or a list"):
+        next(batches(x.split(3)))
+    assert [len(batch) for batch in batches(list(x.split(3)))] == [3, 3]
+    target = next(batches([(x, x)])).targets
+    assert target is not None
+    assert torch.equal(target, x)

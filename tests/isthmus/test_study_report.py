@@ -203,8 +203,8 @@ def test_curves_of_many_groups_are_named_at_a_few_depths():
 def test_map_of_many_layers_names_some():
     from isthmus.metrics import compare
 
-    model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(30)))
-    drawn = figures.similarity_figure(compare(model, model, torch.randn(9, 3)))
+    model = nn.Sequential(*(nn.ReLU() for _ in range(30)))  # linear layers would fade to a constant
+    drawn = figures.similarity_figure(compare(model, model, torch.arange(27.0).view(9, 3)))
     names = [label.get_text() for label in drawn.axes[0].get_xticklabels()]
     assert names == [str(i) for i in range(0, 30, 3)]
 

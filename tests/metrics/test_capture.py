@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 
 from isthmus.base.errors import DataError, LayerNotFoundError, NotFiniteError
 from isthmus.metrics import as_samples, capture
+from isthmus.metrics.capture import as_mask, leaf_layers, unit_axes
 
 
 def randn(*shape, seed=0):
@@ -276,3 +278,136 @@ def test_nan_is_refused_with_the_shape(value):
     x[1, 2, 3, 3] = value
     with pytest.raises(NotFiniteError, match=r"\(2, 3, 4, 4\)"):
         as_samples(x, "mean")
+
+
+@dataclass
+class Answer:
+    logits: torch.Tensor
+    cache: object = None
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (None, "layer 'part' gave no tensor but None; name a layer that gives one"),
+        (("a", 3), "gave no tensor but a tuple of str, int"),
+        ({"text": "a"}, "gave no tensor but a dict of text"),
+        ([], "gave no tensor but a list of nothing"),
+        (Answer, "gave no tensor but a type"),
+    ],
+)
+def test_a_layer_without_a_tensor_is_named_with_what_it_gave(value, message):
+    model = Holder(Outputs(value))
+    with capture(model, ["part"]) as activations:
+        model(randn(2, 3))
+        with pytest.raises(LayerNotFoundError, match=message):
+            activations["part"]
+
+
+def test_outputs_in_a_dataclass_are_named_by_field():
+    x = randn(2, 3)
+    model = Holder(Outputs(Answer(x, cache=object())))
+    with capture(model, ["part"]) as activations:
+        model(x)
+    assert list(activations) == ["part[logits]"]
+    torch.testing.assert_close(activations["part[logits]"], x)
+
+
+def test_attention_is_one_layer():
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).train()
+    with capture(model) as activations:
+        model(randn(3, 5, 8))
+    assert list(activations)[:2] == ["self_attn[0]", "dropout1"]
+    assert "self_attn.out_proj" not in leaf_layers(model)
+    assert leaf_layers(nn.Sequential(nn.MultiheadAttention(8, 2))) == ["0"]
+
+
+class Scale(nn.Module):
+    """A normalisation as people write it themselves: a weight of one axis."""
+
+    def __init__(self, units):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(units))
+
+    def forward(self, x):
+        return x
+
+
+@pytest.mark.parametrize(
+    ("units", "shape", "axis"),
+    [(5, (2, 3, 4, 5), -1), (3, (2, 3, 4, 5), 1), (4, (2, 3, 4, 5), None), (3, (2, 3, 4, 3), None), (4, (4,), None)],
+)
+def test_units_of_an_own_normalisation_are_where_its_weight_fits(units, shape, axis):
+    model = Holder(Scale(units))
+    with capture(model) as activations:
+        model(randn(*shape))
+    assert unit_axes(model, activations) == {"part": axis}
+
+
+def token_rows(x, mask):
+    """Rows of real tokens, one by one."""
+    return torch.stack([x[i, t] for i in range(x.shape[0]) for t in range(x.shape[1]) if mask[i][t]])
+
+
+MASK = [[1, 1, 1, 0], [1, 0, 0, 0], [0, 1, 0, 1]]
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32])
+def test_masked_tokens_are_no_samples_and_add_nothing_to_a_mean(dtype):
+    x, mask = randn(3, 4, 5), torch.tensor(MASK).to(dtype)
+    x[~mask.bool()] = float("nan")
+    truth = token_rows(x, MASK)
+    assert torch.equal(as_samples(x, mask=mask), truth)
+    assert torch.equal(as_samples(x.mT, mask=mask, unit_axis=1), truth)
+    assert torch.equal(as_samples(x.reshape(12, 5), mask=mask), truth)
+    means = torch.stack([truth[:3].mean(0), truth[3], truth[4:].mean(0)])
+    torch.testing.assert_close(as_samples(x, "mean", mask=mask), means)
+    torch.testing.assert_close(as_samples(x.reshape(12, 5), "mean", mask=mask), means)
+    with pytest.raises(DataError, match=r"h of shape \(3, 4, 5\) has 6 masked tokens.*positions='samples'"):
+        as_samples(x, "features", mask=mask, name="h")
+
+
+def test_a_mask_without_masked_tokens_changes_nothing():
+    x = randn(3, 4, 5)
+    for positions in ("samples", "features", "mean"):
+        torch.testing.assert_close(as_samples(x, positions, mask=torch.ones(3, 4)), as_samples(x, positions))
+
+
+def test_nan_in_a_real_token_is_refused():
+    x = randn(3, 4, 5)
+    x[1, 0, 2] = float("nan")
+    with pytest.raises(NotFiniteError, match=r"\(3, 4, 5\) holds NaN"):
+        as_samples(x, mask=torch.tensor(MASK))
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (torch.ones(3, 5), r"h of shape \(3, 4, 5\) has no row for each token of the mask of shape \(3, 5\)"),
+        (torch.ones(3, 1, 4), r"mask of h has shape \(3, 1, 4\); expected \(N, tokens\) = \(3, tokens\)"),
+        (torch.tensor([[1, 1, 2, 0]] * 3), "holds other values than 0 and 1"),
+        (torch.tensor([[1, 1, 1, 1], [0, 0, 0, 0], [0, 0, 0, 0]]), "masks every token of sample 1: leave it out"),
+    ],
+)
+def test_bad_masks_are_refused(mask, message):
+    with pytest.raises(DataError, match=message):
+        as_samples(randn(3, 4, 5), mask=mask, name="h")
+
+
+def test_a_mask_of_another_type_or_number_of_samples_is_refused():
+    with pytest.raises(DataError, match="mask has type list"):
+        as_mask([[1, 0]], 1)
+    with pytest.raises(DataError, match=r"shape \(2, 3\); expected \(N, tokens\) = \(4, tokens\)"):
+        as_mask(torch.ones(2, 3), 4)
+
+
+def test_nested_and_sparse_activations_are_refused():
+    with pytest.raises(DataError, match="h is a nested or sparse tensor"):
+        as_samples(torch.eye(3).to_sparse(), name="h")
+    nested = torch.nested.as_nested_tensor([randn(2, 3), randn(4, 3)], layout=torch.jagged)
+    with pytest.raises(DataError, match="h is a nested or sparse tensor"):
+        as_samples(nested, name="h")
+    model = Holder(Outputs(nested))
+    with capture(model, ["part"]) as activations:
+        model(randn(2, 3))
+    assert unit_axes(model, activations) == {"part": None}

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
+import isthmus.metrics
 from isthmus.base.errors import DataError, LayerNotFoundError, NotFiniteError
-from isthmus.metrics import Similarity, cka, compare
+from isthmus.metrics import CKA, INDICES, MinibatchHSIC, Similarity, cka, collect, compare, similarity
 
 
 def randn(*shape, seed=0):
@@ -67,15 +68,21 @@ class Swapped(nn.Module):
 def test_matrix_equals_cka_of_all_samples_at_once():
     a, b = mlp(seed=1), mlp((6, 7, 9, 5, 4), seed=2)
     x = randn(110, 6)
-    similarity = compare(a, b, list(x.split(30)), product_dtype=torch.float64)
+    similarity = compare(a, b, list(x.split(30)), precision="float64")
     truth = table(outputs(a, x).values(), outputs(b, x).values())
     np.testing.assert_allclose(similarity.values, truth, rtol=1e-6)
     assert similarity.values.dtype == np.float64
     assert similarity.layers_a == ("0", "1", "2", "3", "4")
     assert similarity.layers_b == ("0", "1", "2", "3", "4", "5", "6")
     assert similarity.index == "cka"
-    expected = {"positions": "samples", "samples": 110, "estimator": "biased linear CKA, feature space"}
-    assert similarity.convention == expected
+    assert similarity.convention == {
+        "positions": "samples",
+        "mask": None,
+        "subsample": None,
+        "samples": 110,
+        "estimator": "biased, linear kernel",
+        "kept": "moments",
+    }
     assert np.ptp(truth) > 0.1
 
 
@@ -227,6 +234,30 @@ def test_keyword_inputs_and_labels():
     assert compare(mlp(), mlp(), (randn(8, 6), torch.zeros(8))).convention["samples"] == 8
 
 
+def test_a_subsample_and_a_mask_are_on_record():
+    a, b, x = mlp(seed=1), mlp(seed=2), randn(400, 6)
+    drawn = compare(a, b, x, subsample=0.5, seed=4)
+    assert drawn.convention["samples"] == 200
+    assert (drawn.convention["subsample"], drawn.convention["seed"]) == (0.5, 4)
+    assert np.array_equal(drawn.values, compare(a, b, x, subsample=0.5, seed=4).values)
+    assert not np.array_equal(drawn.values, compare(a, b, x, subsample=0.5, seed=5).values)
+    np.testing.assert_allclose(drawn.values, compare(a, b, x).values, atol=0.1)
+
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3, 2)
+
+        def forward(self, x, attention_mask):
+            return self.linear(x)
+
+    model, mask = Masked(), torch.tensor([[1, 1, 0], [1, 0, 0]])
+    masked = compare(model, model, {"x": randn(2, 3, 3), "attention_mask": mask})
+    assert (masked.convention["samples"], masked.convention["mask"]) == (3, "attention_mask")
+    with pytest.raises(DataError, match="has no mask 'real'"):
+        compare(model, model, {"x": randn(2, 3, 3), "attention_mask": mask}, mask="real")
+
+
 def test_models_and_data_come_back_as_they_were():
     a = nn.Sequential(nn.ReLU(inplace=True), nn.BatchNorm1d(6), nn.Dropout(0.5), nn.Linear(6, 3)).train()
     a[1].eval()
@@ -261,19 +292,20 @@ def test_differing_sample_counts_are_refused_on_the_first_batch():
     assert compare(model, model, data(), positions="features").layers_a == ("0", "1", "3")
 
 
-def test_too_large_cross_moments_are_refused_before_they_are_allocated():
+def test_what_is_too_large_for_moments_is_compared_by_its_samples():
     a, b = (seeded(lambda: nn.Sequential(nn.Conv2d(1, 64, 3, padding=1)), seed) for seed in range(2))
-    x = randn(2, 1, 64, 64)
-    message = (
-        r"1\.54e\+03 GiB \(the largest layer, model_a\.0, has 262144 units\).*max_bytes=4294967296.*positions='mean'"
-    )
-    with pytest.raises(DataError, match=message):
-        compare(a, b, x, positions="features")
+    x = randn(5, 1, 32, 32)
+    found = compare(a, b, x, positions="features")
+    assert found.convention["kept"] == "samples"
+    truth = table(*([y.flatten(1) for y in outputs(model, x).values()] for model in (a, b)))
+    np.testing.assert_allclose(found.values, truth, rtol=1e-5)
+
     bytes_needed = 8 * (10 * 10 + 3 * 3 + 10 * 3)
-    layers = (["0"], ["4"])
-    compare(mlp(), mlp(seed=1), randn(8, 6), layers=layers, max_bytes=bytes_needed)
-    with pytest.raises(DataError, match="max_bytes="):
-        compare(mlp(), mlp(seed=1), randn(8, 6), layers=layers, max_bytes=bytes_needed - 1)
+    kept = [
+        compare(mlp(), mlp(seed=1), iter([randn(8, 6)]), layers=(["0"], ["4"]), max_bytes=limit).convention["kept"]
+        for limit in (max(bytes_needed, 1 << 16), 1 << 16)
+    ]
+    assert kept == ["moments", "moments"]
 
 
 def test_nan_is_refused_with_the_name_of_the_layer_and_its_network():
@@ -301,7 +333,16 @@ def test_a_dead_layer_is_nan_with_a_warning_and_none_in_json():
 @pytest.mark.parametrize(
     ("keywords", "error", "message"),
     [
-        ({"index": "cca"}, DataError, "unknown index 'cca'; did you mean cka"),
+        ({"index": "ckaa"}, DataError, "unknown index 'ckaa'; did you mean cka"),
+        ({"debias": True}, DataError, "'cka' has no parameter 'debias'; did you mean debiased"),
+        ({"index": CKA(), "debiased": True}, DataError, "made already"),
+        ({"index": "svcca", "threshold": 2.0}, DataError, "threshold"),
+        ({"precision": "half"}, DataError, "precision is 'half'"),
+        ({"significance": "bootstrap"}, DataError, "unknown significance 'bootstrap'"),
+        ({"index": "minibatch_cka", "debiased": True}, DataError, "no parameter 'debiased'"),
+        ({"index": "minibatch_cka", "bandwidth": -1.0}, DataError, "bandwidth is -1"),
+        ({"index": "minibatch_cka", "significance": "jackknife"}, DataError, "keeps no samples"),
+        ({"distributed": True}, DataError, "processes have not met"),
         ({"positions": "middle"}, DataError, "unknown positions 'middle'"),
         ({"layers": ["0", "fc"]}, LayerNotFoundError, "Sequential has no layer 'fc'"),
         ({"layers": ["0", "1#2"]}, LayerNotFoundError, "'1#2' exists but was not called"),
@@ -363,3 +404,78 @@ def test_plot_shows_values_and_names(own_axes):
     assert image.get_clim() == (0, 1)
     ax.figure.canvas.draw()
     plt.close("all")
+
+
+PARAMETERS = {"mutual_knn": {"k": 4}, "rsa": {"comparison": "pearson"}}
+
+
+@pytest.mark.parametrize("name", INDICES)
+@pytest.mark.parametrize("known_length", [True, False])
+def test_every_index_equals_its_function_on_the_outputs(name: str, known_length: bool) -> None:
+    a, b = mlp(seed=1), mlp((6, 7, 4), seed=2)
+    x = randn(60, 6)
+    batches = list(x.split(25))
+    parameters = PARAMETERS.get(name, {})
+    found = compare(a, b, batches if known_length else iter(batches), index=name, **parameters)
+    function = getattr(isthmus.metrics, name)
+    rows, columns = (outputs(model, x).values() for model in (a, b))
+    truth = [[function(row, column, **parameters) for column in columns] for row in rows]
+    # Of moments only singular values above 1e-7 are known, in float32 activations all but noise.
+    np.testing.assert_allclose(found.values, truth, rtol=1e-4, atol=1e-5)
+    assert found.index == name
+    assert found.distance == INDICES[name](**parameters).distance
+
+
+def test_minibatch_cka_equals_the_accumulator() -> None:
+    a, b = mlp(seed=1), mlp(seed=2)
+    x = randn(96, 6)
+    found = compare(a, b, list(x.split(32)), index="minibatch_cka", kernel="rbf", bandwidth=0.7, precision="float64")
+    hsic = MinibatchHSIC("rbf", 0.7, layers=(list("01234"), list("56789")))
+    for batch in x.split(32):
+        values = [*outputs(a, batch).values(), *outputs(b, batch).values()]
+        hsic.update({str(i): value for i, value in enumerate(values)})
+    np.testing.assert_allclose(found.values, hsic.cka(list("01234"), list("56789")).numpy(), atol=1e-9)
+    assert found.convention["samples"] == 96
+    assert "3 batches" in found.convention["estimator"]
+
+
+def test_significance_comes_with_the_values() -> None:
+    a, b = mlp(seed=1), mlp(seed=2)
+    x = randn(80, 6)
+    found = compare(a, b, list(x.split(40)), significance="both", shuffles=30, seed=3, precision="float64")
+    again = similarity(collect(a, x), collect(b, x), significance="both", shuffles=30, seed=3)
+    assert found.interval is not None
+    assert found.p_values is not None
+    assert found.null_mean is not None
+    assert again.null_mean is not None
+    assert again.interval is not None
+    assert again.p_values is not None
+    for mine, other in ((found.null_mean, again.null_mean), (found.interval, again.interval)):
+        np.testing.assert_allclose(mine, other, atol=1e-6)
+    assert found.convention["shuffles"] == 30
+    assert (found.interval[0] < found.values).all()
+    np.testing.assert_array_equal(found.p_values, again.p_values)
+    assert found.p_values[0, 0] == 1 / 31
+
+
+@pytest.mark.parametrize("debiased", [False, True])
+def test_spaces_and_precisions_agree(debiased: bool) -> None:
+    a, b = mlp(seed=1), mlp((6, 7, 9, 5, 4), seed=2)
+    batches = [x + 100 for x in randn(500, 6).split(50)]
+    exact = compare(a, b, batches, precision="float64", debiased=debiased).values
+    for space in ("sample", "feature", "mixed"):
+        np.testing.assert_allclose(compare(a, b, batches, space=space, debiased=debiased).values, exact, atol=1e-6)
+    for precision in ("float32", "tf32"):
+        found = compare(a, b, batches, precision=precision, debiased=debiased)
+        np.testing.assert_allclose(found.values, exact, atol=1e-6)
+    np.testing.assert_allclose(compare(a, b, batches, precision="bf16", debiased=debiased).values, exact, atol=1e-3)
+
+
+def test_one_network_against_itself_runs_once_and_is_symmetric() -> None:
+    model, calls = mlp(seed=1), []
+    handle = model.register_forward_hook(lambda *_: calls.append(1))
+    found = compare(model, model, list(randn(60, 6).split(20)), kernel="rbf", precision="float64")
+    handle.remove()
+    assert len(calls) == 3
+    np.testing.assert_allclose(found.values, found.values.T, atol=1e-12)
+    np.testing.assert_allclose(found.values.diagonal(), 1, atol=1e-12)

@@ -187,6 +187,15 @@ def test_activations_are_left_alone_and_may_need_gradients():
     assert not moments.mean("x").requires_grad
 
 
+def test_nothing_of_a_batch_is_kept():
+    x = torch.randn(6, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    mean = x.mean(0)
+    moments = Moments()
+    moments.update({"x": x})
+    x += 100
+    np.testing.assert_allclose(moments.mean("x"), mean, rtol=1e-12)
+
+
 def test_can_start_in_inference_mode_and_go_on_outside():
     x = torch.randn(6, 2, generator=torch.Generator().manual_seed(0))
     moments = Moments()
@@ -338,7 +347,7 @@ def test_files_that_hold_no_moments_are_refused(tmp_path):
     tensors = load_file(path)
     del tensors["shift.1"]
     content = {"counts": {"x": 5, "y": 5}, "pairs": [], "every_pair": True, "product_dtype": "float64"}
-    save_file(tensors, partial, metadata={"format": "isthmus.moments.1", "content": json.dumps(content)})
+    save_file(tensors, partial, metadata={"isthmus": json.dumps({"format": "isthmus.moments.1", "content": content})})
     for file in (damaged, partial, tmp_path / "missing"):
         with pytest.raises(CheckpointError, match=file.name):
             Moments.load(file)

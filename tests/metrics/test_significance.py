@@ -1,0 +1,98 @@
+"""Permutation null and jackknife against loops over the array function, and by what they promise."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import t as student
+from torch import Tensor
+
+from isthmus.base.errors import DataError
+from isthmus.metrics.cca import CCA, cca
+from isthmus.metrics.cka import CKA, cka
+from isthmus.metrics.significance import jackknife_interval, permutation_null
+
+
+def pair(n: int, p: int, q: int, shared: float, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, p, generator=generator)
+    y = torch.randn(n, q, generator=generator)
+    y[:, : min(p, q)] += shared * x[:, : min(p, q)]
+    return x, y
+
+
+@pytest.mark.parametrize(("index", "function"), [(CKA(), cka), (CKA(debiased=True), None), (CCA(), cca)])
+def test_null_equals_a_loop_over_shuffled_rows(index, function) -> None:
+    x, y = pair(30, 4, 6, 0.4)
+    function = function or (lambda x, y: cka(x, y, debiased=True))
+    a, b = [index.prepare(x)], [index.prepare(y), index.prepare(2 * x)]
+    values = index.scores(a, b)
+    null = permutation_null(index, a, b, values, 30, shuffles=25, seed=3)
+    generator = torch.Generator().manual_seed(3)
+    orders = [torch.randperm(30, generator=generator) for _ in range(25)]
+    for column, other in enumerate((y, 2 * x)):
+        expected = np.array([function(x, other[order]) for order in orders])
+        assert null.mean[0, column] == pytest.approx(expected.mean(), abs=1e-10)
+        assert null.p_values[0, column] == (1 + (expected >= function(x, other)).sum()) / 26
+
+
+def test_null_shows_inflation_by_width_and_sample_size() -> None:
+    index, means = CKA(), {}
+    for n, p in ((40, 40), (40, 200), (400, 40)):
+        x, y = pair(n, p, p, 0.0)
+        a, b = [index.prepare(x)], [index.prepare(y)]
+        means[n, p] = permutation_null(index, a, b, index.scores(a, b), n, shuffles=30).mean[0, 0]
+    assert means[40, 200] > means[40, 40] > means[400, 40]
+
+
+def test_p_value_is_small_for_shared_structure_and_uniform_without() -> None:
+    def p_value(shared: float, seed: int) -> float:
+        x, y = pair(40, 3, 3, shared, seed)
+        a, b = [CKA().prepare(x)], [CKA().prepare(y)]
+        return permutation_null(CKA(), a, b, CKA().scores(a, b), 40, shuffles=39, seed=seed).p_values[0, 0]
+
+    assert p_value(1.0, 0) == 1 / 40
+    chance = [p_value(0.0, seed) for seed in range(40)]
+    assert 0.35 < np.mean(chance) < 0.65
+
+
+def test_jackknife_equals_a_loop_over_groups() -> None:
+    x, y = pair(90, 4, 6, 0.6)
+    index = CKA()
+    a, b = [index.prepare(x)], [index.prepare(y)]
+    values = index.scores(a, b)
+    lower, upper = jackknife_interval(index, a, b, values, 90, seed=5)
+    order = torch.randperm(90, generator=torch.Generator().manual_seed(5)).numpy()
+    left_out = [cka(np.delete(x.numpy(), order[g::20], 0), np.delete(y.numpy(), order[g::20], 0)) for g in range(20)]
+    half = np.sqrt(19 / 20 * np.sum((left_out - np.mean(left_out)) ** 2)) * student.ppf(0.975, 19)
+    assert lower[0, 0] == pytest.approx(cka(x, y) - half, abs=1e-9)
+    assert upper[0, 0] == pytest.approx(cka(x, y) + half, abs=1e-9)
+
+
+def test_jackknife_covers_the_value_of_many_samples() -> None:
+    truth = cka(*pair(40_000, 3, 3, 1.0, seed=99), debiased=True)
+    index, covered = CKA(debiased=True), 0
+    for seed in range(40):
+        x, y = pair(120, 3, 3, 1.0, seed)
+        a, b = [index.prepare(x)], [index.prepare(y)]
+        lower, upper = jackknife_interval(index, a, b, index.scores(a, b), 120)[:, 0, 0]
+        covered += lower <= truth <= upper
+    assert covered >= 34
+
+
+def test_undefined_values_have_no_p_value() -> None:
+    x, _ = pair(45, 3, 3, 1.0)
+    states = [CKA().prepare(x)], [CKA().prepare(torch.ones(45, 2))]
+    values = CKA().scores(*states)
+    assert np.isnan(permutation_null(CKA(), *states, values, 45, shuffles=3).p_values).all()
+    assert np.isnan(jackknife_interval(CKA(), *states, values, 45)).all()
+
+
+def test_bad_input() -> None:
+    x, y = pair(30, 3, 3, 1.0)
+    a, b = [CKA().prepare(x)], [CKA().prepare(y)]
+    with pytest.raises(DataError, match="shuffles is 0"):
+        permutation_null(CKA(), a, b, CKA().scores(a, b), 30, shuffles=0)
+    with pytest.raises(DataError, match="30 samples are too few"):
+        jackknife_interval(CKA(), a, b, CKA().scores(a, b), 30)

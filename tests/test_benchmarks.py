@@ -1,0 +1,79 @@
+"""The benchmarks run as a user runs them, at sizes that take seconds; no figure is held to anything here."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+Report = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
+    """What `similarity.py --quick` writes, its table under "shown"."""
+    file = tmp_path_factory.mktemp("benchmark") / "similarity.json"
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "similarity.py", "--quick", "--ours-only", "--json", file],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    return {**json.loads(file.read_text()), "shown": done.stdout}
+
+
+def rows(report: Report, wanted: Callable[[Report], bool]) -> list[Report]:
+    return [row for row in report["rows"] if wanted(row)]
+
+
+def test_every_table_has_ours_measured_and_right(report: Report) -> None:
+    ours = rows(report, lambda row: row["tool"].startswith("isthmus"))
+    assert {row["section"] for row in ours} == set("ABCDdEF")
+    for row in ours:
+        assert row["status"] == "ok", row
+        assert row["cpu_seconds"] > 0
+        assert row["wall_seconds"] > 0
+        assert 0 <= row["error"] < (1e-2 if "bf16" in row["tool"] else 1e-5), row
+        assert row["estimator"]
+
+
+def test_tools_that_did_not_run_are_listed_with_the_reason(report: Report) -> None:
+    others = rows(report, lambda row: row["status"] != "ok")
+    assert {row["tool"] for row in others} == {
+        *("rsatoolbox", "pytorch-cka", "torch_cka", "ckatorch"),
+        *("netrep-style loop", "notebook-style loop"),
+    }
+    assert {row["status"] for row in others} <= {"not installed", "left out"}
+    assert all(row["status"] in report["shown"] for row in others)
+
+
+def test_a_process_of_its_own_measures_its_memory(report: Report) -> None:
+    if not Path("/proc/self/status").exists():
+        pytest.skip("the peak resident set is read from /proc, which this system lacks")
+    (row,) = rows(report, lambda row: row["section"] == "E" and row["tool"] == "isthmus float32")
+    assert row["peak_megabytes"] >= row["loaded_megabytes"] > 0
+    (goal,) = report["goals"]
+    assert goal == {**goal, "least": 1.0, "met": True}
+    assert goal["value"] == pytest.approx(4000 / row["peak_megabytes"])
+
+
+def test_offsets_are_shown_one_by_one(report: Report) -> None:
+    (row,) = rows(report, lambda row: row["section"] == "F" and row["tool"] == "isthmus float32")
+    assert len(row["errors"]) == 4
+    assert max(row["errors"]) == row["error"]
+
+
+def test_it_says_where_and_how_it_ran(report: Report) -> None:
+    assert report["facts"]["quick"] is True
+    assert report["facts"]["threads"] == 1
+    assert set(report["facts"]) == {"machine", "threads", "python", "torch", "quick"}
