@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -27,13 +26,13 @@ class Gram:
     """The activations of many layers, samples x units, from any number of batches.
 
     Kernels between samples (RBF, debiased CKA, distances) need the samples themselves; a `Gram` keeps them once, for
-    every layer of both networks, and every index of this kind is computed from it. Rows are kept relative to the mean
-    of their first batch, in `dtype`, so that a large offset costs no digits. What exceeds `max_bytes` goes to one
-    temporary file, read back piece by piece; it is gone with the object, or with the process however that ends.
+    every layer of both networks, and every index of this kind is computed from it. Rows are kept as they come where
+    `dtype` holds them exactly, else relative to the mean of their first batch, so that a large offset costs no digits.
+    What exceeds `max_bytes` goes to one temporary file, read back piece by piece; it is gone with the object, or with
+    the process however that ends.
 
     Args:
-        dtype: The precision of the rows: float32, float64 (what was given, exactly, but for the subtraction of the
-            offset), bfloat16 or float16.
+        dtype: The precision of the rows: float32, float64, bfloat16 or float16.
         max_bytes: How many bytes of rows stay in memory, on the device of the activations.
         folder: Where the temporary file is made; None for the system's folder of temporary files.
 
@@ -117,7 +116,15 @@ class Gram:
         layer = self._layer(name)
         return layer.shift + layer.mean
 
-    def rows(self, name: str, start: int = 0, stop: int | None = None, *, dtype: torch.dtype | None = None) -> Tensor:
+    def rows(
+        self,
+        name: str,
+        start: int = 0,
+        stop: int | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        centred: bool = True,
+    ) -> Tensor:
         """Give samples of a layer, in the order seen, centred by the mean of all.
 
         Args:
@@ -125,6 +132,7 @@ class Gram:
             start: The first sample.
             stop: One after the last sample; None for all.
             dtype: Of the result; None for float64 where rows are kept so, else float32.
+            centred: Subtract the mean; without, they are as they came, but for the rounding to the store's dtype.
 
         Returns:
             A new tensor, (samples x units).
@@ -137,16 +145,7 @@ class Gram:
         dtype = dtype or torch.promote_types(layer.dtype, torch.float32)
         start, stop, _ = slice(start, stop).indices(layer.count)
         with torch.inference_mode(False), torch.no_grad():
-            rows = torch.empty(max(stop - start, 0), len(layer.shift), dtype=dtype, device=layer.shift.device)
-            at = bisect_right(layer.stops, start)
-            while start < stop:
-                block, end = layer.blocks[at], layer.stops[at]
-                first, last = start - (end - block.count), min(stop, end) - (end - block.count)
-                piece = rows[len(rows) - (stop - start) :][: last - first]
-                offset = layer.mean + (layer.shift - block.shift)
-                torch.sub(block.read(first, last).to(dtype), offset.to(dtype), out=piece)
-                start, at = min(stop, end), at + 1
-        return rows
+            return layer.rows(start, max(start, stop), dtype, centred)
 
     def update(self, activations: Mapping[str, Tensor], samples: Samples | None = None) -> None:
         """Add one batch; a batch that is refused changes nothing.
@@ -191,12 +190,14 @@ class Gram:
             check_matrix(name, x, self._layers.get(name))
 
     def _shifted(self, name: str, x: Tensor) -> tuple[Tensor, Tensor]:
+        exact = torch.promote_types(x.dtype, self.dtype) == self.dtype
         if name in self._layers:
             shift = self._layers[name].shift
         else:
-            # Relative to its first sample a constant unit is exactly zero, and stays so.
-            first = x[0].to(torch.float64)
-            shift = first + (x - first).mean(0)
+            # Rounding takes fewer digits from what is near zero.
+            shift = torch.zeros_like(x[0], dtype=torch.float64) if exact else _mean(x)
+        if exact and not shift.any():
+            return x.to(self.dtype, copy=True), shift
         return (x - shift).to(self.dtype), shift
 
     def _kept(self, name: str, rows: Tensor, shift: Tensor) -> tuple[Block, Tensor]:
@@ -206,7 +207,7 @@ class Gram:
             raise NotFiniteError(
                 f"layer {name!r} of shape {tuple(rows.shape)} holds NaN, infinity, or values that overflow {rows.dtype}"
             )
-        mean = rows.sum(0, dtype=torch.float64) / len(rows)
+        mean = _mean(rows)
         block = Block(len(rows), shift, peak, rows.dtype)
         if self._held + rows.nbytes <= self.max_bytes:
             self._held += rows.nbytes
@@ -245,13 +246,7 @@ class Gram:
 
     def _peak(self, name: str) -> float:
         """Give a bound on the magnitude of centred rows, for scaling."""
-        layer = self._layer(name)
-        peaks: dict[int, float] = {}
-        for block in layer.blocks:
-            peaks[id(block.shift)] = max(peaks.get(id(block.shift), 0.0), block.peak)
-        shifts = {id(block.shift): block.shift for block in layer.blocks}
-        mean = layer.shift + layer.mean
-        return max(peak + float((shifts[key] - mean).abs().amax()) for key, peak in peaks.items())
+        return self._layer(name).peak()
 
     def merge(self, other: Gram) -> Gram:
         """Add all samples that another store has seen, in place, after those seen here; the other is left as it is.
@@ -396,3 +391,9 @@ class Gram:
         gram = cls(max_bytes=max_bytes, folder=folder)
         load_gram(gram, path, device)
         return gram
+
+
+def _mean(x: Tensor) -> Tensor:
+    # Relative to its first sample a constant unit is exactly zero, and stays so.
+    first = x[0].to(torch.float64)
+    return first + (x - first).mean(0)

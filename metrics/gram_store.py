@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import weakref
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -153,6 +154,32 @@ class Layer:
         self.mean = self.mean + moved * (block.count / (self.count + block.count))
         self.blocks.append(block)
         self.stops.append(self.count + block.count)
+
+    def rows(self, start: int, stop: int, dtype: torch.dtype, centred: bool) -> Tensor:
+        """Give some of the rows in a new tensor, minus their mean if `centred`."""
+        rows = torch.empty(stop - start, len(self.shift), dtype=dtype, device=self.shift.device)
+        at = bisect_right(self.stops, start)
+        while start < stop:
+            block, end = self.blocks[at], self.stops[at]
+            first, last = start - (end - block.count), min(stop, end) - (end - block.count)
+            piece = rows[len(rows) - (stop - start) :][: last - first]
+            offset = self.mean + (self.shift - block.shift) if centred else -block.shift
+            kept = block.read(first, last)
+            wide = torch.promote_types(kept.dtype, dtype)
+            # In two parts a large offset costs no digits; float64 would take ten times as long.
+            high = offset.to(wide)
+            piece.copy_((kept.to(wide) - high).sub_((offset - high).to(wide)))
+            start, at = min(stop, end), at + 1
+        return rows
+
+    def peak(self) -> float:
+        """Give a bound on the magnitude of centred rows."""
+        peaks: dict[int, float] = {}
+        for block in self.blocks:
+            peaks[id(block.shift)] = max(peaks.get(id(block.shift), 0.0), block.peak)
+        shifts = {id(block.shift): block.shift for block in self.blocks}
+        mean = self.shift + self.mean
+        return max(peak + float((shifts[key] - mean).abs().amax()) for key, peak in peaks.items())
 
     def copy(self) -> Layer:
         """Give a layer of the same blocks, to which others can be added."""

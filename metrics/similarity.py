@@ -188,12 +188,12 @@ def _check_size(gram: Gram, names: Sequence[str], index: Index, max_bytes: int) 
 def _prepared(gram: Gram, names: Sequence[str], index: Index) -> tuple[dict[str, Any], set[str]]:
     states, constant = {}, set()
     for name in names:
-        rows = gram.rows(name, dtype=torch.float64)
-        if not rows.any():
+        # Float32 rows say that they are known to so many digits; what depends on the mean of each unit gets it.
+        rows = gram.rows(name, centred=index.invariances.translation)
+        if bool((rows == rows[0]).all()):
             constant.add(name)
             warnings.warn(f"layer {name!r} does not vary over the samples: its {index.name} is NaN", stacklevel=4)
-        # What depends on the mean of each unit needs it back.
-        states[name] = index.prepare(rows if index.invariances.translation else rows + gram.mean(name))
+        states[name] = index.prepare(rows)
     return states, constant
 
 
