@@ -88,7 +88,13 @@ def collect(
                 # A drawn subsample is another set of rows for another seed or another batch.
                 salt = 0 if subsample is None else hash((seed, index))
                 prints = identities(batch, read.masks(batch).values(), read.mask_names) + salt
+            if gram.convention not in ({}, read.convention):
+                raise DataError(
+                    f"the store was filled by another convention, {gram.convention}, than {read.convention}; collect "
+                    "into a new one"
+                )
             gram.update(samples, samples=prints)
+            gram.convention = read.convention
     return gram
 
 

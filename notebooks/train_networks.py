@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -123,6 +124,7 @@ def _train(plan: Plan) -> None:
 
 
 if __name__ == "__main__":
+    wanted = sys.argv[1:]
     for each in plans():
-        if not (FOLDER / f"{each.name}.safetensors").exists():
+        if not (FOLDER / f"{each.name}.safetensors").exists() and (not wanted or each.name in wanted):
             _train(each)
