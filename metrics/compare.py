@@ -105,7 +105,7 @@ def compare(
     >>> compare(a, b, torch.randn(100, 4), index="svcca", threshold=0.9).values.shape
     (3, 3)
     """
-    chosen = _minibatch(parameters) if index == MINIBATCH else as_index(index, parameters)
+    chosen = find_index(index, parameters)
     check_significance(significance)
     check_precision(precision)
     if distributed:
@@ -132,12 +132,24 @@ def compare(
     return _read_off(kept, chosen, read, options | {"precision": precision, "space": space, "max_bytes": max_bytes})
 
 
+def find_index(index: str | Index, parameters: Mapping[str, Any]) -> Index | dict[str, Any]:
+    """Make the index that `compare` is asked for; of "minibatch_cka", give the checked parameters.
+
+    Raises:
+        DataError: There is no such index or parameter, or a value is wrong.
+    """
+    return _minibatch(parameters) if index == MINIBATCH else as_index(index, parameters)
+
+
 def _minibatch(parameters: Mapping[str, Any]) -> dict[str, Any]:
     known = ("kernel", "bandwidth")
     for name in parameters:
         if name not in known:
             raise DataError(f"{MINIBATCH} has no parameter {name!r}; known: {', '.join(known)}")
-    MinibatchHSIC(**parameters)  # refuses bad values before a network runs
+    try:
+        MinibatchHSIC(**parameters)  # refuses bad values before a network runs
+    except TypeError as error:
+        raise DataError(f"{MINIBATCH} does not take {dict(parameters)}: {error}") from error
     return dict(parameters)
 
 

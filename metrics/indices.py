@@ -47,4 +47,7 @@ def as_index(index: str | Index, parameters: Mapping[str, Any] | None = None) ->
     for name in parameters:
         if name not in known:
             raise DataError(f"the index {index!r} has no parameter {name!r}{nearest(name, known)}")
-    return kind(**parameters)
+    try:
+        return kind(**parameters)
+    except TypeError as error:
+        raise DataError(f"the index {index!r} does not take {parameters}: {error}") from error

@@ -58,7 +58,7 @@ class Plan:
 
 @cache
 def dataset(name: str, split: zoo.data.Split = "train") -> zoo.Dataset:
-    """Load the data of a plan: `main`, `other` (in the shape of main), `few` (some of main), `random` (its labels random)."""
+    """Load the data of a plan: `main`, `other` in the shape of main, `few` of main, or these with `random` labels."""
     if name in ("few", "random"):
         few = zoo.load_data(MAIN, split, limit=MEMORISED)
         if name == "few":

@@ -16,13 +16,35 @@ def blocks(language: str) -> list[str]:
 
 
 def test_python_example_opens_the_path(run_code: Callable[[str], str]) -> None:
-    (code,) = blocks("python")
-    printed = run_code(code)
+    printed = run_code(blocks("python")[0])
     barriers = re.search(r"barrier (\S+) matched (\S+)", printed)
     assert barriers, printed
     naive, matched = map(float, barriers.groups())
     assert naive > 0.3
     assert matched < naive / 3
+
+
+def test_similarity_example_compares_the_two_networks(run_code: Callable[[str], str]) -> None:
+    trained, compared = blocks("python")
+    code = "import matplotlib\nmatplotlib.use('Agg')\n" + trained + compared
+    printed = run_code(code)
+    assert "('fc1', 'relu1', 'fc2'" in printed
+    for index in ("cka", "svcca", "procrustes", "rsa"):
+        assert re.search(rf"^{index} \[", printed, re.MULTILINE), printed
+
+
+def test_table_of_invariances_is_that_of_the_indices() -> None:
+    from isthmus.metrics import INDICES
+
+    columns = ("orthogonal", "scaling", "linear", "permutation", "translation")
+    rows = re.findall(r"^\| `(\w+)`([^|]*)\|((?: (?:yes|no) \|){5})$", README.read_text(), re.MULTILINE)
+    assert {name for name, _, _ in rows} == set(INDICES)
+    for name, which, cells in rows:
+        index = INDICES[name]()
+        found = index.invariances_y if "predicted" in which else index.invariances
+        assert found is not None
+        stated = [cell.strip() == "yes" for cell in cells.strip(" |").split("|")]
+        assert stated == [getattr(found, column) for column in columns], (name, which)
 
 
 def test_local_links_lead_somewhere() -> None:

@@ -72,11 +72,12 @@ def command(
     On the test split unless --split says otherwise.
     """
     check_file(plot, (".png", ".svg", ".pdf"))
-    from isthmus.metrics import compare
+    from isthmus.metrics.compare import compare, find_index
 
     from ..plain import table
     from .inputs import check_device, load_networks, open_data
 
+    find_index(index, index_args)
     check_device(device)
     source = open_data(data, data.split or "test", device)
     model_a, model_b = (model.to(device) for model in load_networks(network, (a, b), source))
@@ -88,7 +89,8 @@ def command(
         from .. import figures
 
         figures.save(figures.similarity_figure(found), plot)
-    samples = f"{found.convention['samples']:,} samples, positions={positions}, {found.convention['estimator']}"
+    how = f"positions={positions}, {found.index}: {found.convention['estimator']}"
+    samples = f"{found.convention['samples']:,} samples, {how}"
     lines = [f"measured on {source}: {samples}", "", table(*_rows(found))]
     emit(
         as_json,

@@ -262,6 +262,27 @@ def test_compare_tells_the_map_and_its_convention(tmp_path, pair, network, model
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+def test_compare_by_any_index_with_significance(pair, network, models, test_set, run_json, refused, capsys):
+    args = [pair / "a.safetensors", pair / "b.safetensors", *network, "--data", "digits"]
+    chosen = ["--index", "svcca", "--index-args", '{"threshold": 0.9}', "--significance", "permutation", "--seed", 3]
+    found = run_json("compare", *args, *chosen)
+    expected = isthmus.compare(
+        *models, test_set, index="svcca", threshold=0.9, significance="permutation", seed=3
+    ).to_dict()
+    assert found["values"] == expected["values"]
+    assert found["p_values"] == expected["p_values"]
+    assert main(list(map(str, ["compare", *args, "--significance", "both", "--layers", "fc1,fc2"]))) == 0
+    said = capsys.readouterr().out
+    assert "95 % interval" in said
+    assert "  0.005  " in said
+    assert "did you mean svcca" in refused("compare", *args, "--index", "svca")
+    assert "no parameter 'treshold'" in refused("compare", *args, "--index", "svcca", "--index-args", '{"treshold": 1}')
+    assert "does not take" in refused("compare", *args, "--index", "svcca", "--index-args", '{"threshold": "high"}')
+    assert "does not take" in refused(
+        "compare", *args, "--index", "minibatch_cka", "--index-args", '{"bandwidth": "x"}'
+    )
+
+
 def test_own_network_and_own_data(factories, run_json, refused, capsys):
     # found in the current folder, which the import below then finds as well
     assert "has no function 'netwrk'; did you mean network" in refused("symmetry", "--model", "mine_for_cli:netwrk")

@@ -64,7 +64,9 @@ def test_jackknife_equals_a_loop_over_groups() -> None:
     values = index.scores(a, b)
     lower, upper = jackknife_interval(index, a, b, values, 90, seed=5)
     order = torch.randperm(90, generator=torch.Generator().manual_seed(5)).numpy()
-    left_out = [cka(np.delete(x.numpy(), order[g::20], 0), np.delete(y.numpy(), order[g::20], 0)) for g in range(20)]
+    left_out = np.array(
+        [cka(np.delete(x.numpy(), order[g::20], 0), np.delete(y.numpy(), order[g::20], 0)) for g in range(20)]
+    )
     half = np.sqrt(19 / 20 * np.sum((left_out - np.mean(left_out)) ** 2)) * student.ppf(0.975, 19)
     assert lower[0, 0] == pytest.approx(cka(x, y) - half, abs=1e-9)
     assert upper[0, 0] == pytest.approx(cka(x, y) + half, abs=1e-9)
