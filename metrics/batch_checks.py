@@ -50,7 +50,7 @@ def check_matrix(name: str, x: Tensor, known: Known | None = None) -> None:
     if shape[1] != units:
         raise DataError(f"layer {name!r} has {shape[1]} units (shape {shape}); earlier batches had {units}")
     if x.device != device:
-        raise DataError(f"layer {name!r} is on {x.device}, its sums on {device}; move them with .to()")
+        raise DataError(f"layer {name!r} is on {x.device}, earlier batches on {device}; move them with .to()")
 
 
 def check_pair(a: str, b: str, activations: Mapping[str, Tensor]) -> None:

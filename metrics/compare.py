@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..base.batches import Data, batches, model_device
+from ..base.batches import Batch, Data, batches, model_device
 from ..base.errors import DataError
 from ..base.progress import progress as progress_bar
 from .capture import Positions
 from .cost import Space, plan
-from .distributed import check_met
+from .distributed import agree, check_met
 from .gram import Gram
 from .hsic import KernelIndex
 from .index import Index
@@ -114,22 +114,42 @@ def compare(
         raise DataError(f"{MINIBATCH} keeps no samples to shuffle or leave out; take index='cka', debiased=True")
     device = torch.device(device) if device is not None else model_device(model_a)
     sides = two_sides(model_a, model_b, layers, device)
-    kept: Accumulator | None = None
+    options: dict[str, Any] = {"precision": precision, "space": space, "max_bytes": max_bytes}
     with reader(sides, positions=positions, unit_axis=unit_axis, mask=mask, subsample=subsample, seed=seed) as read:
-        for batch in progress_bar(batches(data, device), "compare", batch_count(data), progress):
-            samples = read(batch)
-            if kept is None:
-                _check_counts(samples, read.names)
-                expected = None if distributed else _expected(samples, data)
-                room = 0 if significance is not None else max_bytes
-                kept = _accumulator(chosen, samples, read.names, expected, precision, space, room, max_bytes)
-            with products_in(precision):
-                kept.update(samples)
-    assert kept is not None  # without a batch, batches raises
+        try:
+            shown = progress_bar(batches(data, device), "compare", batch_count(data), progress)
+            expected = None if distributed else data
+            kept = _accumulated(read, shown, chosen, expected, options, reread=significance is not None)
+        except Exception as error:
+            if distributed:
+                agree(error)  # the others would wait for this process
+            raise
     if distributed:
+        agree(None)
         kept.all_reduce()
-    options: dict[str, Any] = {"significance": significance, "shuffles": shuffles, "seed": seed}
-    return _read_off(kept, chosen, read, options | {"precision": precision, "space": space, "max_bytes": max_bytes})
+    options |= {"significance": significance, "shuffles": shuffles, "seed": seed}
+    return _read_off(kept, chosen, read, options)
+
+
+def _accumulated(
+    read: Reader,
+    shown: Iterable[Batch],
+    index: Index | Mapping[str, Any],
+    data: Data | None,
+    options: Mapping[str, Any],
+    reread: bool,
+) -> Accumulator:
+    kept: Accumulator | None = None
+    for batch in shown:
+        samples = read(batch)
+        if kept is None:
+            _check_counts(samples, read.names)
+            expected = None if data is None else _expected(samples, data)
+            kept = _accumulator(index, samples, read.names, expected, reread=reread, **options)
+        with products_in(options["precision"]):
+            kept.update(samples)
+    assert kept is not None  # without a batch, batches raises
+    return kept
 
 
 def find_index(index: str | Index, parameters: Mapping[str, Any]) -> Index | dict[str, Any]:
@@ -169,10 +189,10 @@ def _accumulator(
     expected: int | None,
     precision: Precision,
     space: Space,
-    room: int,
     max_bytes: int,
+    reread: bool,
 ) -> Accumulator:
-    """Choose what is kept: moments where they are enough, fit into `room`, and cost less than the samples."""
+    """Choose what is kept: moments where they are enough, fit, and cost less than the samples."""
     dtype = _PRODUCTS[precision]
     if not isinstance(index, Index):
         wide = torch.promote_types(dtype, torch.float32)
@@ -180,7 +200,8 @@ def _accumulator(
     pairs = [*((name, name) for own in names for name in own), *product(*names)]
     units = {name: rows.shape[1] for name, rows in samples.items()}
     moments = sum(8 * units[a] * units[b] for a, b in dict.fromkeys(pairs))
-    if index.from_moments and moments <= room and _moments_cost_less(index, units, names, expected, space, max_bytes):
+    enough = index.from_moments and not reread and moments <= max_bytes
+    if enough and _moments_cost_less(index, units, names, expected, space, max_bytes):
         exact = not isinstance(index, KernelIndex)
         return Moments(pairs, product_dtype=torch.float64 if exact else dtype)
     kept = torch.promote_types(dtype, torch.float32)

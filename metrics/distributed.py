@@ -93,6 +93,25 @@ def check_met(what: str = "samples") -> None:
         )
 
 
+def agree(failure: Exception | None, group: ProcessGroup | None = None) -> None:
+    """Let all processes go on together, or none: raise what failed in this one, or say in which other one it did.
+
+    Args:
+        failure: What stopped this process; None if nothing did.
+        group: The processes. Default: all.
+
+    Raises:
+        DataError: Another process failed.
+    """
+    failures: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(failures, None if failure is None else str(failure), group=group)
+    if failure is not None:
+        raise failure
+    for other, message in enumerate(failures):
+        if message is not None:
+            raise DataError(f"process {other} could not go on: {message}")
+
+
 def _meet(
     what: str, shared: Mapping[str, Any], state: Mapping[str, Any], device: torch.device | None, group: Any
 ) -> _Peers:

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from ..base.errors import DataError, LayerNotFoundError, NotFiniteError, nearest
 from ..base.files import PathLike
+from .batch_checks import check_layers, check_matrix
 from .fingerprints import Samples, check_same, fingerprints
 from .gram_file import load_gram, save_gram
-from .gram_store import Block, Layer, Spill, check_matrix, check_mergeable
+from .gram_store import Block, Layer, Spill, check_mergeable
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -181,13 +182,10 @@ class Gram:
             self._samples += prints
 
     def _check(self, activations: Mapping[str, Tensor]) -> None:
-        if not activations or (self._layers and set(activations) != set(self._layers)):
-            raise DataError(
-                f"the batch holds the layers {', '.join(activations) or '(none)'}; expected "
-                f"{', '.join(self._layers) or 'at least one'}, the same in every batch"
-            )
+        check_layers(activations, self._layers)
         for name, x in activations.items():
-            check_matrix(name, x, self._layers.get(name))
+            known = self._layers.get(name)
+            check_matrix(name, x, None if known is None else (len(known.shift), known.shift.device))
 
     def _shifted(self, name: str, x: Tensor) -> tuple[Tensor, Tensor]:
         exact = torch.promote_types(x.dtype, self.dtype) == self.dtype

@@ -192,25 +192,6 @@ class Layer:
         return replace(self, shift=self.shift.to(device), mean=self.mean.to(device), blocks=blocks)
 
 
-def check_matrix(name: str, x: Tensor, known: Layer | None) -> None:
-    """Refuse what is no batch of this layer.
-
-    Raises:
-        DataError: A shape, dtype or device does not fit.
-    """
-    shape = tuple(x.shape)
-    if x.ndim != 2 or not x.numel():
-        raise DataError(f"layer {name!r} has shape {shape}; expected samples x units, not empty: see as_samples")
-    if not x.is_floating_point():
-        raise DataError(f"layer {name!r} of shape {shape} is {x.dtype}; expected floating point: convert it first")
-    if known is None:
-        return
-    if shape[1] != len(known.shift):
-        raise DataError(f"layer {name!r} has {shape[1]} units (shape {shape}); earlier batches had {len(known.shift)}")
-    if x.device != known.shift.device:
-        raise DataError(f"layer {name!r} is on {x.device}, earlier batches on {known.shift.device}; move with .to()")
-
-
 def check_mergeable(mine: Mapping[str, Layer], theirs: Mapping[str, Layer]) -> None:
     """Refuse layers that cannot be put behind one another; without own layers, all can.
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from isthmus.base.errors import DataError, IsthmusError, OutputError
-from isthmus.metrics import Moments, cka_from_moments
+from isthmus.metrics import Moments, cka_from_moments, compare
 from isthmus.metrics.distributed import _device, all_reduce_gram
 from isthmus.metrics.gram import Gram
 from isthmus.metrics.minibatch import MinibatchHSIC
@@ -86,6 +86,23 @@ def reduce(made: Moments | MinibatchHSIC | Gram, group: Any = None) -> object:
     return all_reduce_gram(made, group) if isinstance(made, Gram) else made.all_reduce(group)
 
 
+INDICES = ["cka", "svcca", "rsa", "minibatch_cka"]
+
+
+def networks() -> tuple[torch.nn.Module, torch.nn.Module]:
+    torch.manual_seed(0)
+    layers = [(torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 4)) for _ in range(2)]
+    return torch.nn.Sequential(*layers[0]).double(), torch.nn.Sequential(*layers[1]).double()
+
+
+def inputs(rank: int | None = None) -> list[torch.Tensor]:
+    parts = [
+        torch.randn(size, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(size))
+        for size in (30, 24, 19, 41)
+    ]
+    return parts if rank is None else parts[rank : rank + 1 + (rank == 2)]
+
+
 class Lost(Gram):
     """A store whose rows cannot be read back."""
 
@@ -138,6 +155,13 @@ def work(folder: Path) -> None:
         except IsthmusError as error:
             said[name] = f"{type(error).__name__}: {error}"
         assert repr(made) == before
+    for index in INDICES:
+        found = compare(*networks(), inputs(rank), index=index, precision="float64", distributed=True)
+        (folder / f"{index}.{rank}.json").write_text(json.dumps(found.to_dict()))
+    try:
+        compare(*networks(), inputs(rank) if rank else [], distributed=True)
+    except DataError as error:
+        said["empty"] = str(error)
     pair = dist.new_group([0, 2])
     for kind in ("moments", "gram"):
         made = filled(kind, "first", rank)
@@ -169,6 +193,22 @@ def test_every_process_ends_with_the_same_bits(folder, case, kind):
         assert [load_file(folder / f"none.moments.{rank}") for rank in range(WORLD)] == [{}] * WORLD
     else:
         assert all(other == first for other in others)
+
+
+@pytest.mark.parametrize("index", INDICES)
+def test_networks_compared_over_processes_are_as_in_one(folder: Path, index: str) -> None:
+    whole = compare(*networks(), inputs(), index=index, precision="float64").to_dict()
+    for rank in range(WORLD):
+        found = json.loads((folder / f"{index}.{rank}.json").read_text())
+        np.testing.assert_allclose(found["values"], whole["values"], atol=1e-10)
+        assert found["convention"]["samples"] == 114
+        assert found["layers_a"] == ["0", "1", "2"]
+
+
+def test_a_process_without_data_stops_all(folder: Path) -> None:
+    said = [json.loads((folder / f"{rank}.json").read_text())["empty"] for rank in range(WORLD)]
+    assert said[0].startswith("the data holds no batch")
+    assert all(message.startswith("process 0 could not go on: the data holds no batch") for message in said[1:])
 
 
 @pytest.mark.parametrize("case", ["first", "late"])
