@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from .hsic import HSIC, CentredKernel, KernelIndex, KernelName, inner_products
+from .hsic import HSIC, CentredKernel, KernelIndex, KernelName
 from .index import Invariances
 
 if TYPE_CHECKING:
@@ -48,9 +48,10 @@ class CKA(KernelIndex):
     )
     scale_free: ClassVar[bool] = True
 
-    def scores(self, states_a: Sequence[CentredKernel], states_b: Sequence[CentredKernel]) -> Tensor:
-        """Compare each kernel of one list with each of another; NaN where one vanishes."""
-        products = inner_products(states_a, states_b)
+    def normalised(
+        self, products: Tensor, states_a: Sequence[CentredKernel], states_b: Sequence[CentredKernel]
+    ) -> Tensor:
+        """Divide by the norms; NaN where one vanishes."""
         norms = [torch.stack([state.norm for state in states]) for states in (states_a, states_b)]
         return products / norms[0][:, None] / norms[1]
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..base.errors import DataError, NotFiniteError, nearest
 from .arrays import centred, rescaled
 from .index import Index, Invariances, check_moments
+from .shifts import shifted_products
 from .ustatistic import LEAST, centre_off_diagonal, rbf_from_products
 
 if TYPE_CHECKING:
@@ -217,10 +218,6 @@ class KernelIndex(Index):
             else CentredKernel(x, self.debiased)
         )
 
-    @abstractmethod
-    def scores(self, states_a: Sequence[CentredKernel], states_b: Sequence[CentredKernel]) -> Tensor:
-        """Compare each kernel of one list with each of another, all of the same samples."""
-
     def score(self, a: CentredKernel, b: CentredKernel) -> Tensor:
         """Compare two kernels of the same samples."""
         return self.scores([a], [b])[0, 0]
@@ -228,6 +225,21 @@ class KernelIndex(Index):
     def taken(self, state: CentredKernel, rows: Tensor) -> CentredKernel:
         """Give the kernel of x[rows]; an RBF kernel keeps the bandwidth that all samples gave it."""
         return state.taken(rows)
+
+    def shifted(self, states_a: Sequence[CentredKernel], states_b: Sequence[CentredKernel], order: Tensor) -> Tensor:
+        """Compare under every cyclic shift; what depends on one layer alone does not notice."""
+        products = shifted_products([a.matrix for a in states_a], [b.matrix for b in states_b], order)
+        return self.normalised(products, states_a, states_b)
+
+    def scores(self, states_a: Sequence[CentredKernel], states_b: Sequence[CentredKernel]) -> Tensor:
+        """Compare each kernel of one list with each of another."""
+        return self.normalised(inner_products(states_a, states_b), states_a, states_b)
+
+    @abstractmethod
+    def normalised(
+        self, products: Tensor, states_a: Sequence[CentredKernel], states_b: Sequence[CentredKernel]
+    ) -> Tensor:
+        """Turn inner products, (… x len(a) x len(b)), into the index."""
 
     def _check_from_moments(self, moments: Moments, layers: Sequence[str]) -> None:
         if not self.from_moments:
@@ -266,10 +278,12 @@ class HSIC(KernelIndex):
             orthogonal=True, scaling=self.kernel == "rbf", linear=False, permutation=True, translation=True
         )
 
-    def scores(self, states_a: Sequence[CentredKernel], states_b: Sequence[CentredKernel]) -> Tensor:
-        """Compare each kernel of one list with each of another."""
+    def normalised(
+        self, products: Tensor, states_a: Sequence[CentredKernel], states_b: Sequence[CentredKernel]
+    ) -> Tensor:
+        """Divide by what the samples contribute."""
         n = states_a[0].samples
-        return inner_products(states_a, states_b) / (n * (n - 3) if self.debiased else (n - 1) ** 2)
+        return products / (n * (n - 3) if self.debiased else (n - 1) ** 2)
 
     def scores_from_moments(self, moments: Moments, layers_a: Sequence[str], layers_b: Sequence[str]) -> Tensor:
         """Read ‖Σ_ab‖²_F of the unbiased covariances off moments."""

@@ -91,6 +91,14 @@ class Index(ABC):
         rows = [[float(self.score(a, b)) for b in states_b] for a in states_a]
         return torch.tensor(rows, dtype=torch.float64)
 
+    def shifted(self, states_a: Sequence[Any], states_b: Sequence[Any], order: Tensor) -> Tensor | None:
+        """Compare under every cyclic shift of the samples of b in an order, (samples x len(a) x len(b)).
+
+        Shift s is x beside y[rows] with rows[order[r]] = order[r + s]. None where that is not cheaper than `taken`.
+        """
+        del states_a, states_b, order
+        return None
+
     def scores_from_moments(self, moments: Moments, layers_a: Sequence[str], layers_b: Sequence[str]) -> Tensor:
         """Compare layers by their moments alone: (len(a) x len(b)) in float64."""
         raise NotImplementedError(f"{self.name} needs the samples themselves")

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..base.errors import DataError, nearest
 from .arrays import as_matrix, centred
 from .index import Index, Invariances
+from .shifts import shifted_products
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -45,6 +46,13 @@ class _Distances:
     samples: int
     distances: Tensor
     profile: Tensor
+
+    def square(self) -> Tensor:
+        """Give the profile as a symmetric matrix with zeros along the diagonal."""
+        n = self.samples
+        matrix = self.profile.new_zeros(n, n)
+        matrix[tuple(torch.triu_indices(n, n, 1, device=matrix.device))] = self.profile
+        return matrix + matrix.T
 
 
 @dataclass(frozen=True)
@@ -126,6 +134,13 @@ class RSA(Index):
             return torch.stack([a.profile for a in states_a]) @ torch.stack([b.profile for b in states_b]).T
         values = [[_kendall(a.profile, b.profile) for b in states_b] for a in states_a]
         return torch.tensor(values, dtype=torch.float64)
+
+    def shifted(self, states_a: Sequence[_Distances], states_b: Sequence[_Distances], order: Tensor) -> Tensor | None:
+        """Compare under every cyclic shift; Kendall's tau is no product of matrices."""
+        if self.comparison == "kendall":
+            return None
+        a, b = ([state.square() for state in states] for states in (states_a, states_b))
+        return shifted_products(a, b, order) / 2  # both triangles
 
     def taken(self, state: _Distances, rows: Tensor) -> _Distances:
         """Give the state of x[rows]: the distances between these samples, ranked anew if they are not all, once."""

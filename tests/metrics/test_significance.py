@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.stats import t as student
 from torch import Tensor
 
 from isthmus.base.errors import DataError
 from isthmus.metrics.cca import CCA, cca
 from isthmus.metrics.cka import CKA, cka
+from isthmus.metrics.hsic import HSIC, hsic
+from isthmus.metrics.procrustes import Procrustes, procrustes
+from isthmus.metrics.rsa import RSA, rsa
+from isthmus.metrics.shifts import shifted_products
 from isthmus.metrics.significance import jackknife_interval, permutation_null
 
 
@@ -22,19 +30,69 @@ def pair(n: int, p: int, q: int, shared: float, seed: int = 0) -> tuple[Tensor, 
     return x, y
 
 
-@pytest.mark.parametrize(("index", "function"), [(CKA(), cka), (CKA(debiased=True), None), (CCA(), cca)])
-def test_null_equals_a_loop_over_shuffled_rows(index, function) -> None:
-    x, y = pair(30, 4, 6, 0.4)
-    function = function or (lambda x, y: cka(x, y, debiased=True))
-    a, b = [index.prepare(x)], [index.prepare(y), index.prepare(2 * x)]
-    values = index.scores(a, b)
-    null = permutation_null(index, a, b, values, 30, shuffles=25, seed=3)
-    generator = torch.Generator().manual_seed(3)
-    orders = [torch.randperm(30, generator=generator) for _ in range(25)]
-    for column, other in enumerate((y, 2 * x)):
-        expected = np.array([function(x, other[order]) for order in orders])
-        assert null.mean[0, column] == pytest.approx(expected.mean(), abs=1e-10)
-        assert null.p_values[0, column] == (1 + (expected >= function(x, other)).sum()) / 26
+def orders(samples: int, shuffles: int, seed: int, cyclic: bool) -> list[Tensor]:
+    """Spell out the rows that stand beside each sample: permutations, or cyclic shifts of a random order."""
+    generator, found = torch.Generator().manual_seed(seed), []
+    while len(found) < shuffles:
+        order = torch.randperm(samples, generator=generator)
+        if not cyclic:
+            found.append(order)
+            continue
+        for shift in (1 + torch.randperm(samples - 1, generator=generator)[: shuffles - len(found)]).tolist():
+            rows = torch.empty(samples, dtype=torch.long)
+            rows[order] = order.roll(-shift)
+            found.append(rows)
+    return found
+
+
+@pytest.mark.parametrize("samples", [24, 25])
+@pytest.mark.parametrize(
+    ("index", "function", "cyclic"),
+    [
+        (CKA(), cka, True),
+        (CKA(debiased=True), partial(cka, debiased=True), True),
+        (CKA("rbf", bandwidth=0.6), partial(cka, kernel="rbf", bandwidth=0.6), True),
+        (HSIC(), hsic, True),
+        (RSA(), rsa, True),
+        (RSA("euclidean", "cosine"), partial(rsa, dissimilarity="euclidean", comparison="cosine"), True),
+        (RSA(comparison="kendall"), partial(rsa, comparison="kendall"), False),
+        (CCA(), cca, False),
+        (Procrustes(), procrustes, False),
+    ],
+)
+def test_null_equals_a_loop_over_shuffled_rows(index, function, cyclic, samples) -> None:
+    x, y = pair(samples, 4, 6, 0.4)
+    a, b = [index.prepare(x), index.prepare(x.abs())], [index.prepare(y), index.prepare(2 * x + y[:, :4])]
+    null = permutation_null(index, a, b, index.scores(a, b), samples, shuffles=40, seed=3)
+    shuffled = orders(samples, 40, 3, cyclic)
+    for row, first in enumerate((x, x.abs())):
+        for column, second in enumerate((y, 2 * x + y[:, :4])):
+            expected = np.array([function(first, second[order]) for order in shuffled])
+            assert null.mean[row, column] == pytest.approx(expected.mean(), abs=1e-8)
+            value = function(first, second)
+            alike = expected <= value + 1e-9 if index.distance else expected >= value - 1e-9
+            assert null.p_values[row, column] == pytest.approx((1 + alike.sum()) / 41)
+
+
+def test_a_shuffle_that_changes_nothing_counts_as_alike() -> None:
+    x = torch.eye(6, dtype=torch.float64)  # all samples alike in all but their name
+    states = [CKA("rbf").prepare(x)]
+    assert permutation_null(CKA("rbf"), states, states, CKA("rbf").scores(states, states), 6, shuffles=5).p_values == 1
+
+
+@settings(deadline=None)
+@given(st.integers(1, 9), st.integers(1, 3), st.integers(1, 3), st.integers(0, 99))
+def test_shifted_products_equal_the_sums_spelt_out(n: int, left: int, right: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    a, b = (torch.randn(count, n, n, generator=generator, dtype=torch.float64) for count in (left, right))
+    a, b = a + a.mT, b + b.mT
+    order = torch.randperm(n, generator=generator)
+    found = shifted_products(list(a), list(b), order)
+    for shift in range(n):
+        rows = torch.empty(n, dtype=torch.long)
+        rows[order] = order.roll(-shift)
+        expected = torch.einsum("aij,bij->ab", a, b[:, rows][:, :, rows])
+        torch.testing.assert_close(found[shift], expected, atol=1e-10, rtol=1e-10)
 
 
 def test_null_shows_inflation_by_width_and_sample_size() -> None:
