@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import DataError, NotFiniteError
+from .finite import all_finite
 
 TARGET_KEYS = ("labels", "label", "targets", "target", "y")
 
@@ -95,7 +96,7 @@ def _check(batch: Batch, index: int) -> None:
     if not tensors:
         raise DataError(f"batch {index} holds no input tensor with a batch axis")
     for tensor in tensors:
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+        if tensor.is_floating_point() and not all_finite(tensor):
             raise NotFiniteError(f"batch {index}: an input of shape {tuple(tensor.shape)} holds NaN or infinity")
     if batch.targets is not None and batch.targets.shape[:1] != (len(batch),):
         raise DataError(

@@ -328,21 +328,21 @@ def main() -> None:
         print(json.dumps(run(arguments.child)))
         return
     runner = Runner(arguments.threads, isolated=not arguments.quick, with_peers=not arguments.ours_only)
+    facts = {"machine": platform.processor() or platform.machine(), "threads": arguments.threads}
+    facts |= {"python": platform.python_version(), "torch": metadata.version("torch"), "quick": arguments.quick}
     rows: list[Row] = []
     for section in sections(arguments):
         if section.letter in arguments.sections:
             found = measure_section(section, runner)
             show(section, found)
             rows += found
-    facts = {"machine": platform.processor() or platform.machine(), "threads": arguments.threads}
-    facts |= {"python": platform.python_version(), "torch": metadata.version("torch"), "quick": arguments.quick}
-    held = goals(rows)
+            # After each table, so that an interrupted run keeps what it has measured.
+            report = {"facts": facts, "rows": rows, "goals": goals(rows)}
+            arguments.json.write_text(json.dumps(plain(report), indent=2))
     print("\ngoals" + " (--quick: far too small to tell)" * arguments.quick)
-    for line in held:
-        print(
-            f"{'met   ' if line['met'] else 'missed'} {line['goal']}: {line['value']:.2f} (at least {line['least']:g})"
-        )
-    arguments.json.write_text(json.dumps(plain({"facts": facts, "rows": rows, "goals": held}), indent=2))
+    for line in goals(rows):
+        verdict = "met   " if line["met"] else "missed"
+        print(f"{verdict} {line['goal']}: {line['value']:.2f} (at least {line['least']:g})")
     print(f"written to {arguments.json}")
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..base.errors import DataError, NotFiniteError
+from ..base.finite import all_finite
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -38,7 +39,7 @@ def as_matrix(values: Tensor | ArrayLike, name: str = "x") -> Tensor:
         raise DataError(f"{name} has shape {shape}; expected samples x units, not empty: see as_samples")
     if not values.is_floating_point():
         raise DataError(f"{name} of shape {shape} is {values.dtype}; expected floating point: convert it first")
-    if not values.isfinite().all():
+    if not all_finite(values):
         raise NotFiniteError(f"{name} of shape {shape} holds NaN or infinity")
     return values.detach()
 
@@ -70,12 +71,12 @@ def as_pair(x: Tensor | ArrayLike, y: Tensor | ArrayLike, index: str, least: int
     return x, y
 
 
-def centred(x: Tensor) -> Tensor:
-    """Subtract the mean of each column, in float64; a constant column becomes exactly zero."""
-    x = x.to(torch.float64)
+def centred(x: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Subtract the mean of each column, in `dtype` or the precision of x; a constant column becomes exactly zero."""
+    x = x.to(torch.promote_types(x.dtype, dtype))
     # Relative to its first sample a constant column is exactly zero, and stays so.
     x = x - x[0]
-    return x.sub_(x.mean(0))
+    return x.sub_(x.mean(0)).to(dtype)
 
 
 def rescaled(x: Tensor) -> Tensor:

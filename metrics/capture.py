@@ -16,6 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.pooling import _AdaptiveAvgPoolNd, _AdaptiveMaxPoolNd, _AvgPoolNd, _MaxPoolNd
 
 from ..base.errors import DataError, LayerNotFoundError, NotFiniteError, nearest
+from ..base.finite import all_finite
 
 Positions = Literal["samples", "features", "mean"]
 
@@ -291,7 +292,7 @@ def as_samples(
     Args:
         activation: Of shape (N, units), (N, tokens, units), (N, units, height, width) or (N, units, d, h, w).
         positions: Tokens or places of a feature map become samples ("samples", as in Li et al. 2015), are flattened
-            into features, position by position ("features", as in Kornblith et al. 2019), or averaged ("mean").
+            into features in the order of the axes ("features", as in Kornblith et al. 2019), or averaged ("mean").
         unit_axis: The axis of the units. Default: 1 of four or five axes, else the last.
         mask: (N, tokens), bool or 0 and 1, for an activation of (N, tokens, units) or (N · tokens, units): tokens where
             it is 0 become no samples and add nothing to a mean. Their values may be anything, NaN included.
@@ -322,11 +323,11 @@ def as_samples(
     _check_finite(activation, activation, name)
     if activation.ndim == 2:
         return activation
+    if positions == "features":
+        return activation.flatten(1)
     units_last = activation.movedim(axis, -1)
     if positions == "samples":
         return units_last.reshape(-1, units_last.shape[-1])
-    if positions == "features":
-        return units_last.reshape(len(units_last), -1)
     return units_last.flatten(1, -2).mean(1)
 
 
@@ -347,14 +348,14 @@ def _real_tokens(activation: Tensor, positions: Positions, axis: int, mask: Tens
     if positions == "samples":
         return rows
     if positions == "features":
-        return units_last.flatten(1)
+        return activation.reshape(len(mask), -1)
     # In float64, so that the length of the padding cannot show in the rounding.
     kept = units_last.to(torch.float64).masked_fill(~mask[..., None], 0)
     return (kept.sum(1) / mask.sum(1, keepdim=True)).to(activation.dtype)
 
 
 def _check_finite(values: Tensor, activation: Tensor, name: str) -> None:
-    if not values.isfinite().all():
+    if not all_finite(values):
         raise NotFiniteError(f"{name} of shape {tuple(activation.shape)} holds NaN or infinity")
 
 

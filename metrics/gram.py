@@ -200,7 +200,8 @@ class Gram:
 
     def _kept(self, name: str, rows: Tensor, shift: Tensor) -> tuple[Block, Tensor]:
         """Put rows where there is room; gives their block and their mean. What it takes, `_forget` gives back."""
-        peak = float(rows.abs().amax())
+        least, greatest = rows.aminmax()
+        peak = float(torch.maximum(-least, greatest))
         if not peak < float("inf"):
             raise NotFiniteError(
                 f"layer {name!r} of shape {tuple(rows.shape)} holds NaN, infinity, or values that overflow {rows.dtype}"

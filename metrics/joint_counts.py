@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..base.errors import DataError, LayerNotFoundError, NotFiniteError, nearest
 from ..base.files import PathLike
+from ..base.finite import all_finite
 from .arrays import as_matrix
 from .batch_checks import Pair, check_layers, check_matrix, check_pair, unique_pairs
 from .state_file import read_state, write_state
@@ -167,7 +168,7 @@ class JointCounts:
         for name, x in activations.items():
             known = self._single.get(name)
             check_matrix(name, x, None if known is None else (len(known), known.device))
-            if not x.isfinite().all():
+            if not all_finite(x):
                 raise NotFiniteError(f"layer {name!r} of shape {tuple(x.shape)} holds NaN or infinity")
             self._check_edges(name, x)
         for a, b in self._pairs_of(activations):

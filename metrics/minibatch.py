@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..base.errors import DataError, LayerNotFoundError, NotFiniteError, nearest
 from ..base.files import PathLike
+from ..base.finite import all_finite
 from .arrays import centred
 from .batch_checks import check_layers, check_matrix, check_pair, check_same
 from .state_file import read_state, write_state
@@ -161,7 +162,7 @@ class MinibatchHSIC:
             x = chosen[name] = activations[name]
             check_matrix(name, x, (self._units[name], self._cross.device) if self._units else None)
             check_pair(names[0], name, activations)
-            if not x.isfinite().all():
+            if not all_finite(x):
                 raise NotFiniteError(f"layer {name!r} of shape {tuple(x.shape)} holds NaN or infinity")
         n = len(chosen[names[0]])
         needed = len(names) * n * n * self.product_dtype.itemsize
@@ -204,9 +205,9 @@ class MinibatchHSIC:
 
     def _fill(self, kernel: Tensor, x: Tensor, name: str) -> None:
         # HSIC₁ does not see a translation of the units; centred products keep their digits at any offset.
-        x = centred(x).to(self.product_dtype)
+        x = centred(x, self.product_dtype)
         torch.mm(x, x.T, out=kernel)
-        if not kernel.isfinite().all():
+        if not all_finite(kernel):
             raise NotFiniteError(f"layer {name!r}: its products overflow {self.product_dtype}")
         if self.kernel == "rbf":
             rbf_from_products(kernel, self.bandwidth, x.shape[1])

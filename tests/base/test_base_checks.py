@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import sys
 
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 from isthmus.base import errors
 from isthmus.base.architecture import check_finite, check_same_architecture, full_state
 from isthmus.base.errors import ArchitectureError, IsthmusError, LayerNotFoundError, NotFiniteError, nearest
+from isthmus.base.finite import all_finite
 from isthmus.base.progress import progress
 
 # Architecture
@@ -147,3 +149,15 @@ def test_progress_takes_a_total_and_writes_nothing_to_standard_output(capsys: py
     assert bar.total == 2
     assert list(bar) == [1, 2]
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_all_finite_finds_what_is_no_number(dtype: torch.dtype, bad: float) -> None:
+    x = torch.arange(-6, 6, dtype=torch.float32).view(3, 4).to(dtype)
+    assert all_finite(x)
+    assert all_finite(x[:0])
+    x[1, 2] = bad
+    assert not all_finite(x)
+    assert not all_finite(torch.full((1,), bad, dtype=dtype))
+    assert all_finite(torch.arange(5))

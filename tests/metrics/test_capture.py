@@ -226,7 +226,7 @@ def test_feature_maps_as_samples(shape):
     ]
     rows = torch.stack([torch.stack(row) for row in loops])
     torch.testing.assert_close(as_samples(x), rows.reshape(-1, units))
-    torch.testing.assert_close(as_samples(x, "features"), rows.reshape(n, -1))
+    torch.testing.assert_close(as_samples(x, "features"), rows.transpose(1, 2).reshape(n, -1))
     torch.testing.assert_close(as_samples(x, "mean"), x.flatten(2).mean(2))
 
 
