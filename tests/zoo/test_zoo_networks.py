@@ -95,6 +95,17 @@ def test_vgg_without_norms_starts_with_a_signal(size: int, depth: int):
 
 
 @pytest.mark.parametrize("norm", ["batch", "layer", "group"])
+def test_repeated_layers_of_all_cnn_keep_the_shapes():
+    once, thrice = all_cnn(width=4, seed=0), all_cnn(width=4, repeat=3, seed=0)
+    x, shapes = torch.zeros(1, 3, 32, 32), {}
+    for network, repeat in ((once, 1), (thrice, 3)):
+        convolutions = [module for module in network if isinstance(module, nn.Conv2d)]
+        assert len(convolutions) == 8 * repeat + 1
+        shapes[repeat] = [tuple(network[: 2 * repeat * i](x).shape) for i in range(1, 9)]
+        assert sum(module.stride == (2, 2) for module in convolutions) == 2
+    assert shapes[1] == shapes[3]
+
+
 @pytest.mark.parametrize("name", ["all_cnn", "vgg", "resnet"])
 def test_norms(name: str, norm: str):
     model = SMALL[name](norm=norm, seed=0)
@@ -202,6 +213,7 @@ def test_build_without_a_data_set_uses_the_defaults():
         (lambda: mlp(widths=(4, -1)), r"widths\[1\] is -1"),
         (lambda: mlp(widths=(4.5,)), r"widths\[0\] is 4.5"),  # pyright: ignore[reportArgumentType]
         (lambda: all_cnn(classes=0), "classes is 0"),
+        (lambda: all_cnn(repeat=0), "repeat is 0"),
         (lambda: all_cnn(norm="instance"), "choose from 'batch', 'layer', 'group'"),  # pyright: ignore[reportArgumentType]
         (lambda: vgg(12), "depth is 12; choose from 11, 13, 16, 19"),  # pyright: ignore[reportArgumentType]
         (lambda: vgg(11, width_multiplier=0), "width_multiplier is 0"),

@@ -300,6 +300,7 @@ def test_networks_that_do_not_fit(digits: Dataset, make: Callable[[], nn.Module]
         ({"weight_decay": -0.1}, "weight_decay is -0.1"),
         ({"schedule": "linear"}, "'cosine', 'constant' or 'step'"),
         ({"warmup_epochs": 21}, r"from 0 to epochs \(20\)"),
+        ({"precision": "float16"}, "precision is 'float16'"),
         ({"label_smoothing": 1.0}, "label_smoothing is 1.0"),
     ],
 )
@@ -316,6 +317,21 @@ def test_refused_before_any_work(digits: Dataset, tmp_path: Path):
         train(model, digits, checkpoint_dir=tmp_path / "file")
     with pytest.raises(RecipeError, match="checkpoint_every is 0"):
         train(model, digits, checkpoint_every=0)
+
+
+def test_bfloat16_trains_float32_weights_close_to_those_of_float32(digits: Dataset):
+    kinds, found = [], {}
+    for precision in ("float32", "bfloat16"):
+        network = build("all_cnn", digits, seed=0, width=8, norm="batch")
+        handle = network.get_submodule("conv2").register_forward_hook(lambda _m, _x, y: kinds.append(y.dtype))
+        recipe = Recipe(epochs=2, lr=0.02, precision=precision)
+        history = train(network, digits, recipe)
+        handle.remove()
+        assert {parameter.dtype for parameter in network.parameters()} == {torch.float32}
+        found[precision] = history.train_loss[-1]
+        assert history.train_loss[-1] < history.train_loss[0]
+    assert set(kinds) == {torch.float32, torch.bfloat16}
+    assert found["bfloat16"] == pytest.approx(found["float32"], rel=0.2)
 
 
 def test_mlp_learns_the_digits():
