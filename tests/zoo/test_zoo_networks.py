@@ -65,6 +65,17 @@ def test_mlp_by_hand():
     np.testing.assert_allclose(model(x).detach(), hidden @ weights[4].T + weights[5], atol=1e-6)
 
 
+def test_repeated_layers_of_all_cnn_keep_the_shapes():
+    once, thrice = all_cnn(width=4, seed=0), all_cnn(width=4, repeat=3, seed=0)
+    x, shapes = torch.zeros(1, 3, 32, 32), {}
+    for network, repeat in ((once, 1), (thrice, 3)):
+        convolutions = [module for module in network if isinstance(module, nn.Conv2d)]
+        assert len(convolutions) == 8 * repeat + 1
+        shapes[repeat] = [tuple(network[: 2 * repeat * i](x).shape) for i in range(1, 9)]
+        assert sum(module.stride == (2, 2) for module in convolutions) == 2
+    assert shapes[1] == shapes[3]
+
+
 def test_shapes_of_feature_maps_of_all_cnn():
     sizes = []
     model = all_cnn(width=4, seed=0)
@@ -95,17 +106,6 @@ def test_vgg_without_norms_starts_with_a_signal(size: int, depth: int):
 
 
 @pytest.mark.parametrize("norm", ["batch", "layer", "group"])
-def test_repeated_layers_of_all_cnn_keep_the_shapes():
-    once, thrice = all_cnn(width=4, seed=0), all_cnn(width=4, repeat=3, seed=0)
-    x, shapes = torch.zeros(1, 3, 32, 32), {}
-    for network, repeat in ((once, 1), (thrice, 3)):
-        convolutions = [module for module in network if isinstance(module, nn.Conv2d)]
-        assert len(convolutions) == 8 * repeat + 1
-        shapes[repeat] = [tuple(network[: 2 * repeat * i](x).shape) for i in range(1, 9)]
-        assert sum(module.stride == (2, 2) for module in convolutions) == 2
-    assert shapes[1] == shapes[3]
-
-
 @pytest.mark.parametrize("name", ["all_cnn", "vgg", "resnet"])
 def test_norms(name: str, norm: str):
     model = SMALL[name](norm=norm, seed=0)
