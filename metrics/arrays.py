@@ -71,12 +71,12 @@ def as_pair(x: Tensor | ArrayLike, y: Tensor | ArrayLike, index: str, least: int
     return x, y
 
 
-def centred(x: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Subtract the mean of each column, in `dtype` or the precision of x; a constant column becomes exactly zero."""
-    x = x.to(torch.promote_types(x.dtype, dtype))
+def centred(x: Tensor) -> Tensor:
+    """Subtract the mean of each column, in float64; a constant column becomes exactly zero."""
+    x = x.to(torch.float64)
     # Relative to its first sample a constant column is exactly zero, and stays so.
     x = x - x[0]
-    return x.sub_(x.mean(0)).to(dtype)
+    return x.sub_(x.mean(0))
 
 
 def rescaled(x: Tensor) -> Tensor:

@@ -14,7 +14,6 @@ from torch import Tensor
 from ..base.errors import DataError, LayerNotFoundError, NotFiniteError, nearest
 from ..base.files import PathLike
 from ..base.finite import all_finite
-from .arrays import centred
 from .batch_checks import check_layers, check_matrix, check_pair, check_same
 from .state_file import read_state, write_state
 from .ustatistic import LEAST, centre_off_diagonal, rbf_from_products
@@ -204,8 +203,10 @@ class MinibatchHSIC:
         return cross.double() / (n * (n - 3)), own.double() / (n * (n - 3))
 
     def _fill(self, kernel: Tensor, x: Tensor, name: str) -> None:
-        # HSIC₁ does not see a translation of the units; centred products keep their digits at any offset.
-        x = centred(x, self.product_dtype)
+        # HSIC₁ does not see a translation of the units. Relative to one of the samples products keep their digits at
+        # any offset, and a layer that does not vary is exactly zero; subtracting the mean would read x twice more.
+        x = x.to(torch.promote_types(x.dtype, self.product_dtype))
+        x = (x - x[0]).to(self.product_dtype)
         torch.mm(x, x.T, out=kernel)
         if not all_finite(kernel):
             raise NotFiniteError(f"layer {name!r}: its products overflow {self.product_dtype}")
