@@ -37,8 +37,9 @@ class Activations(dict[str, Tensor]):
         origins: The name of the module that each activation came from.
     """
 
-    def __init__(self, requested: Iterable[str] = ()) -> None:
+    def __init__(self, requested: Iterable[str] = (), reuse: bool = False) -> None:
         super().__init__()
+        self._copies: dict[str, Tensor] | None = {} if reuse else None
         self.origins: dict[str, str] = {}
         self._requested = frozenset(requested)
         self._calls: Counter[str] = Counter()
@@ -61,8 +62,17 @@ class Activations(dict[str, Tensor]):
         for name, tensor in tensors:
             wholes = (name[: part.start()] for part in re.finditer(r"\[", name))
             if not self._requested.isdisjoint((module, name, *wholes)):
-                self[name] = tensor.detach().clone()
+                self[name] = self._copy(name, tensor.detach())
                 self.origins[name] = module
+
+    def _copy(self, name: str, tensor: Tensor) -> Tensor:
+        if self._copies is None or tensor.layout != torch.strided or tensor.is_nested:
+            return tensor.clone()
+        copy = self._copies.get(name)
+        if copy is None or (copy.shape, copy.dtype, copy.device) != (tensor.shape, tensor.dtype, tensor.device):
+            self._copies[name] = tensor.clone()
+            return self._copies[name]
+        return copy.copy_(tensor)
 
     def __missing__(self, name: str) -> Tensor:
         parts = [key for key in self if key.startswith(f"{name}[")]
@@ -104,7 +114,7 @@ def _describe(value: Any) -> str:
 
 @contextmanager
 def capture(
-    model: nn.Module, layers: str | Iterable[str] | None = None, *, inputs: bool = False
+    model: nn.Module, layers: str | Iterable[str] | None = None, *, inputs: bool = False, reuse: bool = False
 ) -> Iterator[Activations]:
     """Copy the activations of chosen layers whenever the model runs.
 
@@ -116,6 +126,8 @@ def capture(
         layers: Names as in `model.named_modules()` or as captured (`relu#2`, `lstm[0]`); `""` is the model itself.
             Default: every module without children, of which those that run appear.
         inputs: Capture the first tensor that goes into each layer in place of what comes out.
+        reuse: Write the copies of a call over those of the call before, where shapes agree: faster, since fresh memory
+            costs more than copying, but what was taken out before changes.
 
     Yields:
         A dict of activations by name: detached copies, on the device of the model.
@@ -131,7 +143,7 @@ def capture(
     """
     requested = leaf_layers(model) if layers is None else [layers] if isinstance(layers, str) else list(layers)
     modules = _resolve(model, requested)
-    activations = Activations(requested)
+    activations = Activations(requested, reuse)
     with ExitStack() as hooks:
         handle = model.register_forward_pre_hook(lambda *_: activations.clear(), prepend=True)
         hooks.callback(handle.remove)

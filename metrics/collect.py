@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -80,7 +81,8 @@ def collect(
     gram = Gram(dtype=dtype, max_bytes=max_bytes) if gram is None else gram
     device = torch.device(device) if device is not None else model_device(model)
     side = one_side(on_device(model, device), layers)
-    with reader([side], positions=positions, unit_axis=unit_axis, mask=mask, subsample=subsample, seed=seed) as read:
+    how: dict[str, Any] = {"positions": positions, "unit_axis": unit_axis, "mask": mask, "subsample": subsample}
+    with reader([side], **how, seed=seed, reuse=True) as read:
         for index, batch in enumerate(progress_bar(batches(data, device), "collect", batch_count(data), progress)):
             samples = read(batch)
             prints = None

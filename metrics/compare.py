@@ -115,7 +115,8 @@ def compare(
     device = torch.device(device) if device is not None else model_device(model_a)
     sides = two_sides(model_a, model_b, layers, device)
     options: dict[str, Any] = {"precision": precision, "space": space, "max_bytes": max_bytes}
-    with reader(sides, positions=positions, unit_axis=unit_axis, mask=mask, subsample=subsample, seed=seed) as read:
+    how: dict[str, Any] = {"positions": positions, "unit_axis": unit_axis, "mask": mask, "subsample": subsample}
+    with reader(sides, **how, seed=seed, reuse=True) as read:
         try:
             shown = progress_bar(batches(data, device), "compare", batch_count(data), progress)
             expected = None if distributed else data

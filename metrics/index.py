@@ -88,8 +88,13 @@ class Index(ABC):
 
     def scores(self, states_a: Sequence[Any], states_b: Sequence[Any]) -> Tensor:
         """Compare each of one list with each of another: (len(a) x len(b)) in float64."""
-        rows = [[float(self.score(a, b)) for b in states_b] for a in states_a]
-        return torch.tensor(rows, dtype=torch.float64)
+        values = torch.empty(len(states_a), len(states_b), dtype=torch.float64)
+        same = self.symmetric and list(map(id, states_a)) == list(map(id, states_b))
+        for row, a in enumerate(states_a):
+            for column, b in enumerate(states_b):
+                mirrored = same and column < row
+                values[row, column] = values[column, row] if mirrored else float(self.score(a, b))
+        return values
 
     def shifted(self, states_a: Sequence[Any], states_b: Sequence[Any], order: Tensor) -> Tensor | None:
         """Compare under every cyclic shift of the samples of b in an order, (samples x len(a) x len(b)).

@@ -246,6 +246,7 @@ def reader(
     mask: MaskNames = MASK,
     subsample: float | None = None,
     seed: int = 0,
+    reuse: bool = False,
 ) -> Iterator[Reader]:
     """Watch the layers of one or more networks, to be read batch by batch.
 
@@ -267,6 +268,7 @@ def reader(
         subsample: Share of the rows of each batch to keep, in (0, 1]: round(share · rows), at least one, drawn without
             replacement by a generator of the seed, the batch and the number of rows. Default: all.
         seed: Seed of the subsample.
+        reuse: What a batch gives holds until the next one only, whose activations are written over it: faster.
 
     Yields:
         The reader: called with a batch it gives samples x units by layer name.
@@ -287,7 +289,7 @@ def reader(
     _check_mask(mask, sides)
     _check_subsample(subsample, seed)
     with ExitStack() as stack:
-        captured = _watch(sides, stack)
+        captured = _watch(sides, stack, reuse)
         yield Reader(sides, captured, positions, unit_axis, mask, subsample, seed)
 
 
@@ -312,7 +314,7 @@ def _check_subsample(subsample: float | None, seed: int) -> None:
         raise DataError(f"subsample is {subsample!r}; expected the share of rows to keep, above 0 and at most 1")
 
 
-def _watch(sides: Sequence[Side], stack: ExitStack) -> dict[nn.Module, Activations]:
+def _watch(sides: Sequence[Side], stack: ExitStack, reuse: bool) -> dict[nn.Module, Activations]:
     stack.enter_context(torch.no_grad())
     stack.enter_context(_without_fast_path())
     layers = {
@@ -320,7 +322,7 @@ def _watch(sides: Sequence[Side], stack: ExitStack) -> dict[nn.Module, Activatio
     }
     for model in layers:
         stack.enter_context(evaluating(model))
-    return {model: stack.enter_context(capture(model, names)) for model, names in layers.items()}
+    return {model: stack.enter_context(capture(model, names, reuse=reuse)) for model, names in layers.items()}
 
 
 @contextmanager

@@ -411,3 +411,19 @@ def test_nested_and_sparse_activations_are_refused():
     with capture(model, ["part"]) as activations:
         model(randn(2, 3))
     assert unit_axes(model, activations) == {"part": None}
+
+
+def test_copies_are_written_over_on_request_only():
+    model, x = nn.Sequential(nn.Linear(3, 2), nn.ReLU()), randn(4, 3)
+    for reuse in (False, True):
+        with capture(model, reuse=reuse) as activations:
+            model(x)
+            first = activations["0"]
+            value = first.clone()
+            model(2 * x)
+            torch.testing.assert_close(activations["0"], model[0](2 * x))
+            assert (activations["0"] is first) is reuse
+            assert torch.equal(first, value) is not reuse
+            model(x[:2])  # another shape
+            torch.testing.assert_close(activations["1"], model(x[:2]))
+        assert len(activations["0"]) == 2
