@@ -267,7 +267,7 @@ def test_compare_by_any_index_with_significance(pair, network, models, test_set,
     chosen = ["--index", "svcca", "--index-args", '{"threshold": 0.9}', "--significance", "permutation", "--seed", 3]
     found = run_json("compare", *args, *chosen)
     expected = isthmus.compare(
-        *models, test_set, index="svcca", threshold=0.9, significance="permutation", seed=3
+        models[0], models[1], test_set, index="svcca", threshold=0.9, significance="permutation", seed=3
     ).to_dict()
     assert found["values"] == expected["values"]
     assert found["p_values"] == expected["p_values"]
