@@ -4,6 +4,7 @@ import gc
 import json
 import resource
 import tempfile
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
@@ -214,25 +215,26 @@ def test_a_folder_that_is_not_there(tmp_path):
     assert gram.names == ()
 
 
-@pytest.fixture
+@contextmanager
 def small_files():
-    """No file may grow beyond 4,000 bytes, as on a full disk."""
+    """No file may grow beyond 4,000 bytes, as on a full disk; only inside, since the test report may be a file too."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.usefixtures("small_files")
 def test_a_full_disk_leaves_what_was_there(tmp_path):
     gram = stream(draw(50), max_bytes=0, folder=tmp_path)
     rows = gram.rows("y")
     batch = {name: torch.from_numpy(array) for name, array in draw(110).items()}
-    with pytest.raises(OutputError, match=f"temporary file of {tmp_path}"):
+    with small_files(), pytest.raises(OutputError, match=f"temporary file of {tmp_path}"):
         gram.update(batch)
-    with pytest.raises(OutputError, match="temporary file"):
+    with small_files(), pytest.raises(OutputError, match="temporary file"):
         gram.merge(stream(draw(110)))
-    with pytest.raises(OutputError, match="cannot write"):
+    with small_files(), pytest.raises(OutputError, match="cannot write"):
         stream(draw(200)).save(tmp_path / "gram")
     assert torch.equal(gram.rows("y"), rows)
     assert gram.spilled == 50 * 32
