@@ -60,13 +60,23 @@ def check_pair(a: str, b: str, activations: Mapping[str, Tensor]) -> None:
         DataError: Their numbers of samples or their devices differ.
     """
     x, y = activations[a], activations[b]
-    if len(x) != len(y):
+    check_alike(a, b, (len(x), len(y)), (x.device, y.device))
+
+
+def check_alike(a: str, b: str, counts: tuple[int, int], devices: tuple[torch.device, torch.device]) -> None:
+    """Refuse two layers that differ in their number of samples or their device, wherever these are kept.
+
+    Raises:
+        DataError: They do.
+    """
+    if counts[0] != counts[1]:
         raise DataError(
-            f"layers {a!r} and {b!r} have {len(x)} and {len(y)} samples, but a pair needs the same samples; where they "
-            "differ in positions, read both with positions='mean' or positions='features', or leave the pair out"
+            f"layers {a!r} and {b!r} have {counts[0]} and {counts[1]} samples, but a pair needs the same samples; "
+            "where they differ in positions, read both with positions='mean' or positions='features', or leave the "
+            "pair out"
         )
-    if x.device != y.device:
-        raise DataError(f"layers {a!r} and {b!r} are on {x.device} and {y.device}; move them to one device")
+    if devices[0] != devices[1]:
+        raise DataError(f"layers {a!r} and {b!r} are on {devices[0]} and {devices[1]}; move them to one device")
 
 
 def unique_pairs(pairs: str | Iterable[Pair]) -> tuple[Pair, ...]:

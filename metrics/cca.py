@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from ..base.errors import DataError, nearest
-from .index import Invariances
+from ..base.errors import DataError
+from .index import Invariances, check_choice
 from .spectrum import Cross, SpectralIndex, Spectrum
 
 if TYPE_CHECKING:
@@ -144,8 +144,7 @@ class PWCCA(SpectralIndex):
     name: ClassVar[str] = "pwcca"
 
     def __post_init__(self) -> None:
-        if self.weights not in get_args(Weights):
-            raise DataError(f"unknown weights {self.weights!r}{nearest(str(self.weights), get_args(Weights))}")
+        check_choice("weights", self.weights, get_args(Weights))
 
     @property
     def estimator(self) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..base.batches import Batch, Data, batches, model_device
 from ..base.errors import DataError
 from ..base.progress import progress as progress_bar
+from .batch_checks import check_pair
 from .capture import Positions
 from .cost import Space, plan
 from .distributed import agree, check_met
@@ -144,7 +145,8 @@ def _accumulated(
     for batch in shown:
         samples = read(batch)
         if kept is None:
-            _check_counts(samples, read.names)
+            for a, b in product(*read.names):
+                check_pair(a, b, samples)
             expected = None if data is None else _expected(samples, data)
             kept = _accumulator(index, samples, read.names, expected, reread=reread, **options)
         with products_in(options["precision"]):
@@ -195,9 +197,9 @@ def _accumulator(
 ) -> Accumulator:
     """Choose what is kept: moments where they are enough, fit, and cost less than the samples."""
     dtype = _PRODUCTS[precision]
+    kept = torch.promote_types(dtype, torch.float32)
     if not isinstance(index, Index):
-        wide = torch.promote_types(dtype, torch.float32)
-        return MinibatchHSIC(**index, layers=(names[0], names[1]), product_dtype=wide, max_bytes=max_bytes)
+        return MinibatchHSIC(**index, layers=(names[0], names[1]), product_dtype=kept, max_bytes=max_bytes)
     pairs = [*((name, name) for own in names for name in own), *product(*names)]
     units = {name: rows.shape[1] for name, rows in samples.items()}
     moments = sum(8 * units[a] * units[b] for a, b in dict.fromkeys(pairs))
@@ -205,7 +207,6 @@ def _accumulator(
     if enough and _moments_cost_less(index, units, names, expected, space, max_bytes):
         exact = not isinstance(index, KernelIndex)
         return Moments(pairs, product_dtype=torch.float64 if exact else dtype)
-    kept = torch.promote_types(dtype, torch.float32)
     return Gram(dtype=kept, max_bytes=max_bytes)
 
 
@@ -224,16 +225,6 @@ def _moments_cost_less(
         return all(each == "feature" for each in plan(expected, sides[0], sides[1], space=space).space.values())
     # Where the samples fit, a factorisation of them is more accurate than one of their covariances.
     return 4 * expected * sum(units.values()) > max_bytes
-
-
-def _check_counts(samples: Mapping[str, Tensor], names: Sequence[Sequence[str]]) -> None:
-    for a, b in product(*names):
-        if len(samples[a]) != len(samples[b]):
-            raise DataError(
-                f"layers {a!r} and {b!r} have {len(samples[a])} and {len(samples[b])} samples, but a pair needs the "
-                "same samples; where they differ in positions, read both with positions='mean' or "
-                "positions='features', or leave the pair out"
-            )
 
 
 def _read_off(

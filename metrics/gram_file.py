@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..base.errors import CheckpointError, OutputError
 from ..base.files import PathLike, write_atomic
 from .gram_store import Block, write_bytes
+from .state_file import describe_state, open_state
 
 if TYPE_CHECKING:
     from .gram import Gram
@@ -76,7 +76,7 @@ def save_gram(gram: Gram, path: PathLike) -> Path:
         shape = (layer.count, len(layer.shift))
         entries.append((f"rows.{index}", layer.dtype, shape, partial(map, Block.read, layer.blocks)))
     content = {"layers": layers, "dtype": str(gram.dtype).removeprefix("torch."), "convention": gram.convention}
-    return write_safetensors(path, entries, {"format": _FORMAT, "content": json.dumps(content)})
+    return write_safetensors(path, entries, describe_state(_FORMAT, content))
 
 
 def _entry(key: str, values: Tensor) -> Entry:
@@ -96,18 +96,8 @@ def _runs(blocks: Iterable[Block]) -> Iterator[list[Block]]:
 
 def load_gram(gram: Gram, path: PathLike, device: torch.device | str) -> None:
     """Fill an empty store from a file; see `Gram.load`."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != _FORMAT:
-                raise CheckpointError(f"{path} holds no samples of layers; it was not written by Gram.save")
-            _fill(gram, file, json.loads(metadata["content"]), device)
-    except (SafetensorError, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        if isinstance(error, (CheckpointError, OutputError)):
-            raise
-        raise CheckpointError(f"{path} is not a whole file of samples of layers: {error}") from error
+    with open_state(path, _FORMAT, "samples of layers", "it was not written by Gram.save") as (file, content):
+        _fill(gram, file, content, device)
 
 
 def _fill(gram: Gram, file: Any, content: dict, device: torch.device | str) -> None:

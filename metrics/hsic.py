@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from ..base.errors import DataError, NotFiniteError, nearest
+from ..base.errors import DataError, NotFiniteError
 from .arrays import centred, rescaled
-from .index import Index, Invariances, check_moments
+from .index import Index, Invariances, check_choice, check_moments
 from .shifts import shifted_products
 from .ustatistic import LEAST, centre_off_diagonal, rbf_from_products
 
@@ -177,8 +177,7 @@ class KernelIndex(Index):
     scale_free: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if self.kernel not in get_args(KernelName):
-            raise DataError(f"unknown kernel {self.kernel!r}{nearest(str(self.kernel), get_args(KernelName))}")
+        check_choice("kernel", self.kernel, get_args(KernelName))
         if not (0 < self.bandwidth < math.inf):
             raise DataError(f"bandwidth is {self.bandwidth}; expected a positive multiple of the median distance")
         if self.kernel == "linear" and self.bandwidth != 1:
@@ -199,6 +198,11 @@ class KernelIndex(Index):
     def from_moments(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]  it depends on the parameters
         """Whether moments are enough: for the biased estimator with the linear kernel."""
         return self.kernel == "linear" and not self.debiased
+
+    def nbytes(self, samples: int, units: int) -> int:
+        """Bytes of a kernel of samples x samples."""
+        del units
+        return 8 * samples**2
 
     def prepare(self, x: Tensor) -> CentredKernel:
         """Centre the activations, or form their RBF kernel.

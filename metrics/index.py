@@ -5,20 +5,30 @@ from __future__ import annotations
 import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..base.errors import DataError, NotFiniteError
+from ..base.errors import DataError, NotFiniteError, nearest
 from .arrays import as_pair
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
     from .moments import Moments
+
+
+def check_choice(what: str, value: object, known: Collection[str]) -> None:
+    """Refuse a value that is none of the known ones.
+
+    Raises:
+        DataError: With the nearest or all of them.
+    """
+    if value not in known:
+        raise DataError(f"unknown {what} {value!r}{nearest(str(value), known)}")
 
 
 @dataclass(frozen=True)
@@ -69,6 +79,10 @@ class Index(ABC):
     def least(self) -> int:
         """The fewest samples that the index is defined for."""
         return 2
+
+    def nbytes(self, samples: int, units: int) -> int:
+        """Bytes of what `prepare` gives of a layer, about; by default those of its singular value decomposition."""
+        return 8 * (samples + units) * min(samples, units)
 
     @abstractmethod
     def prepare(self, x: Tensor) -> Any:

@@ -10,15 +10,14 @@ import torch
 from torch import Tensor
 
 from ..base.errors import DataError
-from .arrays import as_pair, centred, rescaled
+from .arrays import as_pair
 from .similarity_map import Similarity
+from .spectrum import spectrum
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.image import AxesImage
     from numpy.typing import ArrayLike
-
-_ABBREVIATIONS = ("cka", "hsic", "cca", "svcca", "pwcca", "rsa")
 
 
 def layer_map(similarity: Similarity, ax: Axes | None = None) -> Axes:
@@ -39,7 +38,7 @@ def layer_map(similarity: Similarity, ax: Axes | None = None) -> Axes:
     low, high = (min(0.0, float(finite.min())), float(finite.max())) if finite.size else (0.0, 1.0)
     ax, image = _map(ax, values, similarity.layers_a, similarity.layers_b, "viridis")
     image.set_clim(low, high if similarity.distance else max(1.0, high))
-    ax.figure.colorbar(image, ax=ax, label=_label(similarity.index))
+    ax.figure.colorbar(image, ax=ax, label=similarity.label)
     if similarity.p_values is not None:
         rows, columns = np.nonzero(similarity.p_values > 0.05)
         ax.plot(columns, rows, "x", color="white", markeredgecolor="red", markersize=4)
@@ -70,7 +69,7 @@ def difference_map(first: Similarity, second: Similarity, ax: Axes | None = None
     finite = np.abs(difference[np.isfinite(difference)])
     limit = float(finite.max()) if finite.size and finite.max() > 0 else 1.0
     image.set_clim(-limit, limit)
-    ax.figure.colorbar(image, ax=ax, label=f"difference of {_label(first.index)}")
+    ax.figure.colorbar(image, ax=ax, label=f"difference of {first.label}")
     return ax
 
 
@@ -109,7 +108,7 @@ def training_map(
         image.set_clim(min(0.0, float(np.nanmin(values, initial=0.0))), 1.0)
     ax.set_xlabel("checkpoint")
     ax.set_ylabel("layer")
-    ax.figure.colorbar(image, ax=ax, label=f"{_label(first.index)} with the final network")
+    ax.figure.colorbar(image, ax=ax, label=f"{first.label} with the final network")
     return ax
 
 
@@ -161,11 +160,11 @@ def shared_eigenvectors(
 
 def _components(x: Tensor, name: str) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
-        u, s, _ = torch.linalg.svd(rescaled(centred(x)), full_matrices=False)
-    if not s[0] > 0:
+        found = spectrum(x)
+    if not found.rank:
         raise DataError(f"{name} of shape {tuple(x.shape)} does not vary over the samples: it has no components")
-    rank = int((s > s[0] * max(x.shape) * torch.finfo(s.dtype).eps).sum())
-    return u[:, :rank], s[:rank].square()
+    assert found.u is not None  # it is of samples, not of moments
+    return found.u, found.s.square()
 
 
 def _shares(spectrum: Tensor, count: int) -> list[str]:
@@ -188,7 +187,3 @@ def _map(
     ax.set_xlabel("layers of b")
     ax.set_ylabel("layers of a")
     return ax, image
-
-
-def _label(index: str) -> str:
-    return " ".join(word.upper() if word in _ABBREVIATIONS else word for word in index.split("_"))

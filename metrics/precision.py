@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -29,7 +29,7 @@ def check_precision(precision: str) -> None:
         DataError: With the known ones.
     """
     if precision not in _MODES:
-        raise DataError(f"precision is {precision!r}; expected one of {', '.join(_MODES)}")
+        raise DataError(f"precision is {precision!r}; expected one of {', '.join(get_args(Precision))}")
 
 
 @contextmanager

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..base.errors import DataError, nearest
-from .index import Invariances
+from .index import Invariances, check_choice
 from .spectrum import Cross, SpectralIndex, Spectrum
 
 if TYPE_CHECKING:
@@ -69,8 +68,7 @@ class Procrustes(SpectralIndex):
     distance: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(Kind):
-            raise DataError(f"unknown kind {self.kind!r}{nearest(str(self.kind), get_args(Kind))}")
+        check_choice("kind", self.kind, get_args(Kind))
 
     @property
     def estimator(self) -> str:

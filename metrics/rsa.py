@@ -49,10 +49,7 @@ class _Distances:
 
     def square(self) -> Tensor:
         """Give the profile as a symmetric matrix with zeros along the diagonal."""
-        n = self.samples
-        matrix = self.profile.new_zeros(n, n)
-        matrix[tuple(torch.triu_indices(n, n, 1, device=matrix.device))] = self.profile
-        return matrix + matrix.T
+        return _square(self.profile, self.samples)
 
 
 @dataclass(frozen=True)
@@ -101,6 +98,11 @@ class RSA(Index):
     def least(self) -> int:
         """Three samples: with two there is one distance."""
         return 3
+
+    def nbytes(self, samples: int, units: int) -> int:
+        """Bytes of the distances and of their profile, each pair once."""
+        del units
+        return 8 * samples**2
 
     def prepare(self, x: Tensor) -> _Distances:
         """Compute the distances between samples, their ranks and norm; warns, naming the samples that have none."""
@@ -219,9 +221,7 @@ def rdm(x: Tensor | ArrayLike, dissimilarity: Dissimilarity = "correlation") -> 
         scale = scale if scale > 0 else 1.0
         squares = _squared_distances(points / scale)
         distances = squares.sqrt_() * scale if dissimilarity == "euclidean" else squares * (scale * scale / 2)
-        square = distances.new_zeros(n, n)
-        first, second = torch.triu_indices(n, n, 1, device=x.device)
-        square[first, second] = square[second, first] = distances
+        square = _square(distances, n)
         square[undefined] = math.nan
     return square
 
@@ -229,6 +229,14 @@ def rdm(x: Tensor | ArrayLike, dissimilarity: Dissimilarity = "correlation") -> 
 def _check_choice(what: str, value: str, known: Sequence[str] | dict[str, Invariances]) -> None:
     if value not in known:
         raise DataError(f"{what} is {value!r}; expected one of {', '.join(known)}{nearest(str(value), known)}")
+
+
+def _square(pairs: Tensor, n: int) -> Tensor:
+    """Lay out what is known of each pair of n samples as a symmetric matrix with zeros along the diagonal."""
+    square = pairs.new_zeros(n, n)
+    first, second = torch.triu_indices(n, n, 1, device=pairs.device)
+    square[first, second] = square[second, first] = pairs
+    return square
 
 
 def _embedded(x: Tensor, dissimilarity: str) -> Tensor:

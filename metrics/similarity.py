@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from ..base.errors import DataError, LayerNotFoundError, nearest
+from .batch_checks import check_alike
 from .gram import Gram
 from .hsic import KernelIndex
 from .index import Index
 from .indices import as_index
-from .rsa import RSA
 from .significance import jackknife_interval, permutation_null
 from .similarity_map import Similarity
 from .tiles import Precision, Space, cka_from_gram, hsic_from_gram
@@ -133,13 +133,11 @@ def _names(gram: Gram, chosen: Iterable[str] | None, prefix: str) -> list[str]:
 
 
 def _check_counts(gram: Gram, names: Sequence[str], index: Index) -> int:
-    samples = gram.count(names[0])
+    first = names[0]
     for name in names:
-        if gram.count(name) != samples:
-            raise DataError(
-                f"layers {names[0]!r} and {name!r} have {samples} and {gram.count(name)} samples, but need the same; "
-                "where they differ in positions, collect both with positions='mean' or positions='features'"
-            )
+        counts, devices = (gram.count(first), gram.count(name)), (gram.device(first), gram.device(name))
+        check_alike(first, name, counts, devices)
+    samples = gram.count(first)
     if samples < index.least:
         raise DataError(f"the layers have {samples} samples; {index.name} needs at least {index.least}")
     return samples
@@ -174,10 +172,7 @@ def _scored(
 
 def _check_size(gram: Gram, names: Sequence[str], index: Index, max_bytes: int) -> None:
     samples = gram.count(names[0])
-    if isinstance(index, (KernelIndex, RSA)):
-        needed = 8 * samples**2 * len(names)
-    else:
-        needed = sum(8 * (samples + gram.units(name)) * min(samples, gram.units(name)) for name in names)
+    needed = sum(index.nbytes(samples, gram.units(name)) for name in names)
     if needed > max_bytes:
         raise DataError(
             f"{index.name} of {len(names)} layers and {samples} samples would hold {needed / 2**30:.3g} GiB, more than "

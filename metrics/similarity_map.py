@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
+_ABBREVIATIONS = ("cka", "hsic", "cca", "svcca", "pwcca", "rsa")
+
+
 @dataclass(frozen=True, eq=False)
 class Similarity:
     """Similarity of each layer of one network with each of another.
@@ -41,6 +44,11 @@ class Similarity:
     null_mean: np.ndarray | None = None
     p_values: np.ndarray | None = None
     interval: np.ndarray | None = None
+
+    @property
+    def label(self) -> str:
+        """Name of the index as it is written: "CKA", "minibatch CKA", "procrustes"."""
+        return " ".join(word.upper() if word in _ABBREVIATIONS else word for word in self.index.split("_"))
 
     def nearest_layers(self) -> tuple[str, ...]:
         """Name, for each layer of a, the layer of b that is most like it.

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from ..base.errors import CheckpointError
+from ..base.errors import CheckpointError, OutputError
 from ..base.files import PathLike, write_atomic
 
 T = TypeVar("T")
@@ -32,8 +33,7 @@ def write_state(path: PathLike, form: str, content: Mapping[str, Any], tensors: 
     """
     from safetensors.torch import save_file
 
-    # One entry: several would be written in an order that differs from process to process.
-    metadata = {_KEY: json.dumps({"format": form, "content": content})}
+    metadata = describe_state(form, content)
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
     return write_atomic(path, lambda temporary: save_file(whole, temporary, metadata=metadata))
 
@@ -52,17 +52,46 @@ def read_state(
     Raises:
         CheckpointError: The file is missing, damaged, or holds something else.
     """
+    what = form.split(".")[1].replace("_", " ")
+    with open_state(path, form, what, f"it is no file of the form {form}", device) as (file, content):
+        return build(content, {key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
+
+
+def describe_state(form: str, content: Mapping[str, Any]) -> dict[str, str]:
+    """Give the metadata of a file that holds a state."""
+    # One entry: several would be written in an order that differs from process to process.
+    return {_KEY: json.dumps({"format": form, "content": content})}
+
+
+@contextmanager
+def open_state(
+    path: PathLike, form: str, what: str, otherwise: str, device: torch.device | str = "cpu"
+) -> Iterator[tuple[Any, Any]]:
+    """Open the file of a state, to be read inside: whatever goes wrong there is a damaged file.
+
+    Args:
+        path: The file.
+        form: As it was written.
+        what: What it holds, in messages.
+        otherwise: What a file of another form is told to be.
+        device: Where tensors are put.
+
+    Yields:
+        The safetensors file, and the content.
+
+    Raises:
+        CheckpointError: The file is missing, damaged, or holds something else.
+    """
     from safetensors import SafetensorError, safe_open
 
-    what = form.split(".")[1].replace("_", " ")
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             state = json.loads((file.metadata() or {}).get(_KEY, "{}"))
             if state.get("format") != form:
-                raise CheckpointError(f"{path} holds no {what}; it is no file of the form {form}")
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        return build(state["content"], tensors)
+                raise CheckpointError(f"{path} holds no {what}; {otherwise}")
+            yield file, state["content"]
     except (SafetensorError, OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
-        if isinstance(error, CheckpointError):
+        # Rows that find no room on this machine's disk are no fault of the file.
+        if isinstance(error, (CheckpointError, OutputError)):
             raise
         raise CheckpointError(f"{path} is not a whole file of {what}: {error}") from error

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .gram import Gram
 from .precision import Precision, products_in
+from .ustatistic import median_square
 
 MEDIAN_SAMPLES = 4096
 """Median distances are exact up to so many samples."""
@@ -114,17 +115,8 @@ def median_distance(rows: Tensor) -> float:
     """
     if len(rows) > MEDIAN_SAMPLES:
         rows = rows[_evenly_spaced(len(rows)).to(rows.device)]
-    n = len(rows)
-    squares = _squared_distances(rows)
-
-    def ranked(rank: int) -> float:
-        # n zeros come first, then each distance twice.
-        return 0.0 if rank < n else float(squares.kthvalue((rank - n) // 2 + 1).values)
-
-    median = (ranked((n * n - 1) // 2) + ranked(n * n // 2)) / 2
-    largest = float(rows.square().sum(1).amax())
-    rounding = 4 * rows.shape[1] ** 0.5 * torch.finfo(rows.dtype).eps * largest
-    return math.sqrt(median) if median > rounding else 0.0
+    largest = rows.square().sum(1).amax()
+    return math.sqrt(median_square(_squared_distances(rows), len(rows), largest, rows.shape[1]))
 
 
 def _squared_distances(rows: Tensor, step: int = 512) -> Tensor:

@@ -6,21 +6,23 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from ..base.errors import DataError, NotFiniteError
+from .batch_checks import check_alike
 from .cost import Plan, Space, needed, plan
 from .gram import Gram
-from .precision import Precision
+from .hsic import KernelName as Kernel
+from .precision import Precision, check_precision
 from .tile_products import RBF, Linear, Stack, feature_products, sample_products
 from .tile_rows import TileRows, median_distance
+from .ustatistic import LEAST
 
 __all__ = ["Kernel", "Precision", "Space", "cka_from_gram", "hsic_from_gram", "median_distance"]
 
-Kernel = Literal["linear", "rbf"]
 
 # How far above its rounding errors a debiased estimate of a layer with itself must stand.
 _MARGIN = 16.0
@@ -151,8 +153,9 @@ def hsic_from_gram(
 def _reason(own: float, noise: float, debiased: bool) -> str:
     if math.isnan(noise):
         return "the median distance of its samples is 0; pass sigma= to set the width of the kernel"
-    if own and debiased:
-        return "its debiased HSIC is within rounding errors; keep and compare float64, or use the biased estimator"
+    if debiased:  # samples that are all equally far apart leave zero, or what rounding makes of it
+        why = "it does not vary over the samples, or hardly, or all of them are equally far apart"
+        return f"its debiased HSIC is within rounding errors: {why}; compare float64, or use the biased estimator"
     return f"its own HSIC is {own:g}: it does not vary over the samples"
 
 
@@ -189,11 +192,10 @@ class _Work:
     ) -> _Work:
         if kernel not in get_args(Kernel):
             raise DataError(f"kernel is {kernel!r}; expected {' or '.join(get_args(Kernel))}")
-        if precision not in get_args(Precision):
-            raise DataError(f"precision is {precision!r}; expected one of {', '.join(get_args(Precision))}")
+        check_precision(precision)
         first, second = (_listed(layers) for layers in (layers_a, layers_b))
         names = list(dict.fromkeys((*first, *second)))
-        _check_samples(gram, names, 4 if debiased else 2)
+        _check_samples(gram, names, LEAST if debiased else 2)
         with torch.inference_mode(False), torch.no_grad():
             rows = TileRows(gram, names, precision, max_bytes // 2)
         left = max_bytes - rows.kept_bytes
@@ -321,14 +323,7 @@ def _listed(layers: Iterable[str]) -> list[str]:
 def _check_samples(gram: Gram, names: Sequence[str], least: int) -> None:
     first = names[0]
     for name in names:
-        if gram.count(name) != gram.count(first):
-            raise DataError(
-                f"layers {first!r} and {name!r} have {gram.count(first)} and {gram.count(name)} samples, but a pair "
-                "needs the same samples; where they differ in positions, read both with positions='mean' or "
-                "positions='features', or leave the pair out"
-            )
-        if gram.device(name) != gram.device(first):
-            devices = f"{gram.device(first)} and {gram.device(name)}"
-            raise DataError(f"layers {first!r} and {name!r} are on {devices}; move them to one with .to()")
+        counts, devices = (gram.count(first), gram.count(name)), (gram.device(first), gram.device(name))
+        check_alike(first, name, counts, devices)
     if gram.count(first) < least:
         raise DataError(f"layer {first!r} has {gram.count(first)} samples; this estimator needs at least {least}")

@@ -31,16 +31,33 @@ def rbf_from_products(products: Tensor, bandwidth: float, units: int) -> None:
     norms = products.diagonal().clone()
     squares = products.mul_(-2).add_(norms).add_(norms[:, None]).clamp_min_(0)
     squares.fill_diagonal_(0)
-    entries = squares.flatten()
-    middle = entries.numel() // 2
-    # torch gives the lower of the two middle values where the median is their mean.
-    median = entries.kthvalue(middle + 1).values
-    if entries.numel() % 2 == 0:
-        median = (median + entries.kthvalue(middle).values) / 2
-    # Equal samples far from the mean have a distance of rounding errors, which must not set the bandwidth.
-    rounding = 4 * units**0.5 * torch.finfo(products.dtype).eps * norms.max()
-    median = torch.where(median > rounding, median, math.nan)
-    squares.div_(-2 * bandwidth**2 * median).exp_()
+    n = len(squares)
+    above = torch.ones(n, n, dtype=torch.bool, device=squares.device).triu_(1)
+    median = median_square(squares[above], n, norms.max(), units)
+    squares.div_(-2 * bandwidth**2 * torch.where(median > 0, median, math.nan)).exp_()
+
+
+def median_square(squares: Tensor, n: int, largest: Tensor, units: int) -> Tensor:
+    """Compute the median of all n² squared distances between n samples, those of a sample to itself included.
+
+    Args:
+        squares: The squared distance of each pair of different samples, once.
+        n: Number of samples.
+        largest: The largest squared norm of a centred sample, and ...
+        units: ... the number of units; they set what counts as a rounding error.
+
+    Returns:
+        A scalar; 0 where it is within the rounding errors of equal samples, which must not set a bandwidth.
+
+    >>> median_square(torch.tensor([9.0, 49.0, 16.0]), 3, torch.tensor(30.0), 1)
+    tensor(9.)
+    """
+    # In order n zeros come first, then each distance twice; of an even number the two middle ones are averaged.
+    ranks = {(rank - n) // 2 for rank in ((n * n - 1) // 2, n * n // 2)}
+    middle = [squares.new_zeros(()) if rank < 0 else squares.kthvalue(rank + 1).values for rank in sorted(ranks)]
+    median = torch.stack(middle).mean()
+    rounding = 4 * units**0.5 * torch.finfo(squares.dtype).eps * largest
+    return torch.where(median > rounding, median, 0)
 
 
 def centre_off_diagonal(kernel: Tensor) -> None:

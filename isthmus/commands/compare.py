@@ -102,8 +102,7 @@ def command(
 def _rows(found: Similarity) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     from ..plain import number
 
-    name = found.index.upper() if len(found.index) < 6 else found.index
-    headers = ["layer of A", "same layer of B", "most similar layer of B", name]
+    headers = ["layer of A", "same layer of B", "most similar layer of B", found.label]
     headers += ["p"] * (found.p_values is not None) + ["95 % interval"] * (found.interval is not None)
     rows = []
     for row, (layer, nearest) in enumerate(zip(found.layers_a, found.nearest_layers(), strict=True)):

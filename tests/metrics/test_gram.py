@@ -453,7 +453,7 @@ def test_a_file_whose_parts_do_not_fit(tmp_path):
 
     def load(change, **layer):
         changed = {**content, "layers": [{**content["layers"][0], **layer}]}
-        metadata = {"format": "isthmus.gram.1", "content": json.dumps(changed)}
+        metadata = {"isthmus": json.dumps({"format": "isthmus.gram.1", "content": changed})}
         save_file({**tensors, **change}, tmp_path / "bad", metadata=metadata)
         return Gram.load(tmp_path / "bad")
 
