@@ -18,10 +18,11 @@ from ..base.errors import DataError, nearest
 from ..base.files import PathLike, save_state_dict
 from ..base.running import on_device
 from .activations import activation_matching
+from .derive import as_example
+from .derive import symmetry as derive
 from .permutation import Permutation, check_suffix, read_tensors, reading
 from .problem import pairs, rows
-from .symmetry import Symmetry, as_example
-from .symmetry import symmetry as derive
+from .symmetry import Symmetry
 from .weights import weight_matching
 
 FORMAT = "isthmus matching 1"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,13 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ..base.architecture import check_same_architecture, full_state
-from ..base.batches import Batch
 from ..base.errors import SymmetryError
 from ..base.files import PathLike, write_atomic
-from . import rules_compute, rules_shape  # noqa: F401  (they fill the registry)
-from .terms import Fixed, Product, Sum, Term, Units, from_json, groups_of, leaves, to_json
-from .trace import Traced, trace
-from .unify import Reason, Unknown, dependencies, normal
+from .terms import Term, from_json, to_json
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -227,159 +223,3 @@ class Symmetry:
             return cls.from_json(json.loads(Path(path).read_text()))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise SymmetryError(f"{path} is not a saved symmetry: {error}") from error
-
-
-def symmetry(model: nn.Module, example_inputs: Any, *, verify: bool = True) -> Symmetry:
-    """Find which axes of a network's parameters can be permuted together without changing its function.
-
-    The model runs once, in evaluation mode, on tensors without data; each operator states what it demands of the
-    axes (see `trace`). The permutation symmetries of weight space are those of Hecht-Nielsen (1990).
-
-    Args:
-        model: Any module. It is not changed.
-        example_inputs: A tensor, a tuple of positional inputs, or a mapping of keyword inputs. Shapes and types matter;
-            the values do not.
-        verify: Measure afterwards that a random permutation leaves the outputs unchanged.
-
-    Returns:
-        The symmetry; `.groups`, `.pinned` and `.graph` show it.
-
-    Raises:
-        SymmetryError: The model cannot be traced, or the check fails.
-
-    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
-    >>> found = symmetry(net, torch.randn(2, 4, generator=torch.Generator().manual_seed(0)))
-    >>> [(group.name, group.size, group.axes) for group in found.groups]
-    [('0', 8, (('0.weight', 0), ('0.bias', 0), ('2.weight', 1)))]
-    """
-    batch = as_example(example_inputs)
-    found = _assemble(model, trace(model, batch))
-    if verify:
-        found.verify(model, batch).check()
-    return found
-
-
-def as_example(example_inputs: Any) -> Batch:
-    """Read example inputs: a tensor, positional inputs in a tuple or list, keyword inputs in a mapping, or a batch."""
-    match example_inputs:
-        case Batch():
-            return Batch(example_inputs.args, example_inputs.kwargs)
-        case Tensor():
-            return Batch((example_inputs,))
-        case Mapping():
-            return Batch((), dict(example_inputs))
-        case tuple() | list():
-            return Batch(tuple(example_inputs))
-        case _:
-            raise SymmetryError(
-                f"example_inputs is a {type(example_inputs).__name__}; expected a tensor, a tuple of positional inputs "
-                "or a mapping of keyword inputs"
-            )
-
-
-def _assemble(model: nn.Module, traced: Traced) -> Symmetry:
-    free: dict[Unknown, None] = {}
-    for terms in traced.parameters.values():
-        for leaf in _leaves(terms):
-            if not leaf.pinned:
-                free[leaf] = None
-    depends = dependencies(list(free))
-    names = _names(traced, list(free))
-    outer = {other for others in depends.values() for other in others}
-    layout = {name: tuple(_resolve(term, names) for term in terms) for name, terms in traced.parameters.items()}
-    axes: dict[str, list[tuple[str, int]]] = {name: [] for name in names.values()}
-    for parameter, terms in layout.items():
-        for axis, term in enumerate(terms):
-            for group in dict.fromkeys(leaf.group for leaf in leaves(term) if isinstance(leaf, Units)):
-                axes[group].append((parameter, axis))
-    groups = [
-        Group(
-            names[leaf],
-            leaf.size,
-            "within" if depends[leaf] else "blocks" if leaf in outer else "free",
-            tuple(axes[names[leaf]]),
-            tuple(names[other] for other in depends[leaf]),
-        )
-        for leaf in free
-    ]
-    saved = set(model.state_dict(keep_vars=True))
-    unsaved = tuple(name for name in layout if name not in saved)
-    points = tuple(_points(traced, layout, names))
-    return Symmetry(tuple(groups), tuple(_pinned(traced)), layout, points, type(model).__name__, unsaved)
-
-
-def _leaves(terms: Iterable[Any]) -> Iterable[Unknown]:
-    for term in terms:
-        yield from leaves(normal(term))
-
-
-def _resolve(term: Any, names: Mapping[Unknown, str]) -> Term:
-    term = normal(term)
-    if isinstance(term, Unknown):
-        return Units(names[term], term.size) if term in names else Fixed(term.size)
-    parts = tuple(_resolve(part, names) for part in term.parts)
-    if all(isinstance(part, Fixed) for part in parts):
-        return Fixed(term.size)
-    return Product(parts) if isinstance(term, Product) else Sum(parts)
-
-
-def _names(traced: Traced, free: list[Unknown]) -> dict[Unknown, str]:
-    """Name each group after the module whose output it is: the first weight that has it on its first axis."""
-    sources: dict[Unknown, str] = {}
-    for rank in (2, 1):  # a weight names better than a bias
-        for parameter, terms in traced.parameters.items():
-            if len(terms) >= rank:
-                for leaf in _leaves(terms[:1]):
-                    sources.setdefault(leaf, parameter)
-    for parameter, terms in traced.parameters.items():
-        for leaf in _leaves(terms):
-            sources.setdefault(leaf, parameter)
-    names: dict[Unknown, str] = {}
-    for leaf in free:
-        stem = sources[leaf].rpartition(".")[0] or sources[leaf]
-        taken = set(names.values())
-        name, count = stem, 2
-        while name in taken:
-            name, count = f"{stem}:{count}", count + 1
-        names[leaf] = name
-    return names
-
-
-def _pinned(traced: Traced) -> Iterable[Pinned]:
-    for name, terms in traced.parameters.items():
-        for axis, term in enumerate(terms):
-            for reason, size in _held(normal(term)).items():
-                yield Pinned(name, axis, size, reason.kind, reason.operator, reason.text)
-
-
-def _held(term: Any) -> dict[Reason, int]:
-    if isinstance(term, Unknown):
-        return {term.pinned: term.size} if term.pinned else {}
-    sizes: dict[Reason, int] = {}
-    for part in map(_held, term.parts):
-        for reason, size in part.items():
-            known = sizes.get(reason)
-            sizes[reason] = size if known is None else known * size if isinstance(term, Product) else known + size
-    return sizes
-
-
-def _points(traced: Traced, layout: Mapping[str, tuple[Term, ...]], names: Mapping[Unknown, str]) -> Iterable[Point]:
-    """Choose where to look at each group: as it enters a module whose weights hold it, else as it last leaves one."""
-    consumed: dict[str, set[str]] = {}
-    for parameter, terms in layout.items():
-        if len(terms) >= 2:
-            consumed.setdefault(parameter.rpartition(".")[0], set()).update(groups_of(terms))
-    candidates = [
-        (record, Point(record.module, record.call, record.side, axis, len(record.axes), resolved))
-        for record in traced.recorded
-        for axis, resolved in enumerate(_resolve(term, names) for term in record.axes)
-        if groups_of([resolved])
-    ]
-    seen: set[str] = set()
-    for record, point in candidates:
-        if record.side == "input" and (here := groups_of([point.term]) & consumed.get(record.module, set())):
-            seen |= here
-            yield point
-    last = {group: point for _, point in candidates if point.side == "output" for group in groups_of([point.term])}
-    unseen = {id(point): point for group, point in last.items() if group not in seen}
-    yield from unseen.values()

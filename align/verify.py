@@ -98,7 +98,7 @@ def verify(
     Raises:
         ArchitectureError: The symmetry belongs to another architecture.
     """
-    from .symmetry import as_example
+    from .derive import as_example
 
     symmetry.check_fits(model, "the model")
     generator = torch.Generator().manual_seed(seed)
