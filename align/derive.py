@@ -39,7 +39,7 @@ def symmetry(model: nn.Module, example_inputs: Any, *, verify: bool = True) -> S
     [('0', 8, (('0.weight', 0), ('0.bias', 0), ('2.weight', 1)))]
     """
     batch = as_example(example_inputs)
-    found = assemble(model, follow(model, batch))
+    found = assemble(model, follow(model, [batch]))
     if verify:
         found.verify(model, batch).check()
     return found

@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from ..base.batches import Batch
-from ..base.errors import SymmetryError
+from ..base.errors import IsthmusError, SymmetryError
 from ..base.running import evaluating
+from .outputs import Outputs, chosen
+from .plain import plain_forward, sharing_copy
 from .trace import Axes, Tracer
 from .unify import Reason, Unknown, admit, fixed, pin
 
@@ -41,46 +43,73 @@ class Traced:
     unruled: dict[str, list[str]] = field(default_factory=dict)
 
 
+Runner = Callable[[nn.Module, Mapping[str, Tensor], Batch, Tracer], Any]
+"""Runs a model on the given parameters and inputs while the tracer is active, and returns its output."""
+
+
 @torch.inference_mode(False)  # in which composite operators would not be taken apart
-def follow(model: nn.Module, batch: Batch) -> Traced:
-    """Run a model once under fake tensors, in evaluation mode, and follow its axes.
+def follow(
+    model: nn.Module, examples: Sequence[Batch], *, outputs: Outputs = None, runner: Runner | None = None
+) -> Traced:
+    """Run a model under fake tensors, in evaluation mode, once for each example, and follow its axes.
 
     Args:
-        model: Any module; it is not changed.
-        batch: Example inputs; only shapes, types and devices matter.
+        model: Any module; it is not changed, whatever its forward pass stores in it.
+        examples: Example inputs; only shapes, types and devices matter. What each demands holds together.
+        outputs: Which of the outputs must stay as they are; see `chosen`.
+        runner: Runs the model; None calls it.
 
     Raises:
         SymmetryError: The model's course depends on data, or it cannot run on these inputs.
     """
+    model = sharing_copy(model)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     tracer = Tracer()
     recorded: list[Recorded] = []
-    converted: dict[int, Tensor] = {}
-    sources = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-    for tensor in sources.values():
-        if id(tensor) not in converted:
-            converted[id(tensor)] = fake.from_tensor(tensor.detach())
-            tracer.assign(converted[id(tensor)], [Unknown(n) if n > 1 else fixed(1, _UNUSED) for n in tensor.shape])
-    fakes = {name: converted[id(tensor)] for name, tensor in sources.items()}
-    inputs = _fake_inputs(batch, fake, tracer)
+    fakes = _fake_state(model, fake, tracer)
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
         stack.enter_context(_recording(model, tracer, recorded))
+        stack.enter_context(plain_forward(model))
         stack.enter_context(torch.no_grad())
-        stack.enter_context(fake)
-        stack.enter_context(tracer)
-        output = _call(model, fakes, inputs, tracer)
-    for tensor in tree_leaves(_plain(output)):
-        if isinstance(tensor, Tensor):
-            for term in tracer.axes(tensor):
-                pin(term, Reason("output", "output", "the network's output keeps its order"))
-    for tensor in converted.values():
+        for batch in examples:
+            inputs = _fake_inputs(batch, fake, tracer)
+            with fake, tracer:
+                output = _call(runner or _forward, model, fakes, inputs, tracer)
+            for tensor in chosen(output, outputs):
+                for term in tracer.axes(tensor):
+                    pin(term, Reason("output", "output", "the network's output keeps its order"))
+    for tensor in fakes.values():
         if id(tensor) not in tracer.touched:
             for term in tracer.axes(tensor):
                 pin(term, _UNUSED)
     parameters = {name: tracer.axes(tensor) for name, tensor in fakes.items()}
     admit(parameters.values())
     return Traced(parameters, recorded, tracer.unruled)
+
+
+def _fake_state(model: nn.Module, fake: FakeTensorMode, tracer: Tracer) -> dict[str, Tensor]:
+    """Give every parameter and buffer a fake tensor of unknown axes; what is tied shares one."""
+    sources = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    saved = {id(tensor) for tensor in model.state_dict(keep_vars=True).values()}
+    converted: dict[int, Tensor] = {}
+    for tensor in sources.values():
+        if id(tensor) in converted:
+            continue
+        converted[id(tensor)] = fake.from_tensor(tensor.detach())
+        held = _held(tensor, id(tensor) in saved)
+        axes = [fixed(n, held or _UNUSED) if held or n == 1 else Unknown(n) for n in tensor.shape]
+        tracer.assign(converted[id(tensor)], axes)
+    return {name: converted[id(tensor)] for name, tensor in sources.items()}
+
+
+def _held(tensor: Tensor, saved: bool) -> Reason | None:
+    """Say why a buffer cannot be permuted, whatever is done with it."""
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return Reason("position", "buffer", "an integer buffer: its entries stand for positions")
+    if not saved:  # a permuted state dict would not carry it
+        return Reason("position", "buffer", "a buffer that a state dict does not hold")
+    return None
 
 
 _UNUSED = Reason("unused", "unused", "no operator of this forward pass uses it")
@@ -97,9 +126,16 @@ def _fake_inputs(batch: Batch, fake: FakeTensorMode, tracer: Tracer) -> Batch:
     return Batch(args, kwargs)
 
 
-def _call(model: nn.Module, fakes: Mapping[str, Tensor], inputs: Batch, tracer: Tracer) -> Any:
+def _forward(model: nn.Module, fakes: Mapping[str, Tensor], inputs: Batch, tracer: Tracer) -> Any:
+    del tracer
+    return torch.func.functional_call(model, dict(fakes), inputs.args, dict(inputs.kwargs))
+
+
+def _call(runner: Runner, model: nn.Module, fakes: Mapping[str, Tensor], inputs: Batch, tracer: Tracer) -> Any:
     try:
-        return torch.func.functional_call(model, dict(fakes), inputs.args, dict(inputs.kwargs))
+        return runner(model, fakes, inputs, tracer)
+    except IsthmusError:
+        raise
     except Exception as error:
         place = f"module {tracer.place!r}" if tracer.place else "the model's forward"
         kind = type(error).__name__
@@ -107,20 +143,13 @@ def _call(model: nn.Module, fakes: Mapping[str, Tensor], inputs: Batch, tracer: 
             why = "its course depends on the values of tensors (.item(), bool(tensor), nonzero)"
         else:
             why = f"{kind}: {str(error).splitlines()[0] if str(error) else ''}"
+        if tracer.operator:
+            why += f"; the last operator was {tracer.operator}"
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in inputs.tensors())
         raise SymmetryError(
             f"{type(model).__name__} could not be traced on inputs of shape {shapes}: in {place}, {why}. "
             "Check that model(*example_inputs) runs"
         ) from error
-
-
-def _plain(output: Any) -> Any:
-    """Open mappings that pytree does not know, such as the outputs of transformers."""
-    if isinstance(output, Mapping):
-        return {key: _plain(value) for key, value in output.items()}
-    if isinstance(output, (tuple, list)):
-        return [_plain(value) for value in output]
-    return output
 
 
 @contextmanager

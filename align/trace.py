@@ -82,6 +82,7 @@ class Tracer(TorchDispatchMode):
         self.modules: list[str] = []
         self.unruled: dict[str, list[str]] = {}
         self.touched: set[int] = set()
+        self.operator = ""  # the last that was dispatched
 
     @property
     def place(self) -> str:
@@ -102,8 +103,8 @@ class Tracer(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        packet = self.operator = func._schema.name.removeprefix("aten::")
         result = func(*args, **kwargs)
-        packet = func._schema.name.removeprefix("aten::")
         where = f" in {self.place or 'forward'}"
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
