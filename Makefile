@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 ROOMS := base zoo metrics align merge isthmus isthmus/commands
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: demo test lint format bench studies notebooks clean
+.PHONY: demo test lint format bench survey studies notebooks clean
 
 demo: $(VENV)/.linked
 	$(BIN)/isthmus demo
@@ -26,6 +26,12 @@ bench: $(VENV)/.linked
 	$(PIP) install -c constraints.txt --no-build-isolation -e ".[bench]" --config-settings editable_mode=strict
 	$(BIN)/python benchmarks/foundation.py
 	$(BIN)/python benchmarks/similarity.py
+
+# Both come without what they depend on: torchvision would bring another build of torch.
+survey: $(VENV)/.linked
+	$(PIP) install --upgrade --no-deps --target build/survey timm==1.0.31 torchvision
+	PYTHONPATH=build/survey $(BIN)/python benchmarks/symmetry_coverage.py
+	PYTHONPATH=build/survey $(BIN)/python benchmarks/symmetry_coverage.py --timing
 
 studies: $(VENV)/.linked
 	$(BIN)/pytest -m slow

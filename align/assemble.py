@@ -29,11 +29,18 @@ def assemble(model: nn.Module, traced: Traced) -> Symmetry:
         for axis, term in enumerate(terms):
             for group in dict.fromkeys(leaf.group for leaf in leaves(term) if isinstance(leaf, Units)):
                 axes[group].append((parameter, axis))
+    heads = set(_leaves(traced.heads))
+
+    def kind(leaf: Unknown) -> str:
+        if leaf in heads:
+            return "heads"
+        return "within" if depends[leaf] else "blocks" if leaf in outer else "free"
+
     groups = [
         Group(
             names[leaf],
             leaf.size,
-            "within" if depends[leaf] else "blocks" if leaf in outer else "free",
+            kind(leaf),
             tuple(axes[names[leaf]]),
             tuple(names[other] for other in depends[leaf]),
         )

@@ -21,7 +21,7 @@ from ..base.running import evaluating
 from .outputs import Outputs, chosen
 from .plain import plain_forward, sharing_copy
 from .trace import Axes, Tracer
-from .unify import Reason, Unknown, admit, fixed, pin
+from .unify import Reason, Unknown, admit, fixed, pin, unknowns
 
 
 @dataclass
@@ -41,6 +41,7 @@ class Traced:
     parameters: dict[str, Axes]
     recorded: list[Recorded]
     unruled: dict[str, list[str]] = field(default_factory=dict)
+    heads: list[Any] = field(default_factory=list)  # axes of attention over which the heads are counted
 
 
 Runner = Callable[[nn.Module, Mapping[str, Tensor], Batch, Tracer], Any]
@@ -66,6 +67,7 @@ def follow(
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     tracer = Tracer()
     recorded: list[Recorded] = []
+    results: list[Tensor] = []
     fakes = _fake_state(model, fake, tracer)
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
@@ -76,16 +78,17 @@ def follow(
             inputs = _fake_inputs(batch, fake, tracer)
             with fake, tracer:
                 output = _call(runner or _forward, model, fakes, inputs, tracer)
-            for tensor in chosen(output, outputs):
-                for term in tracer.axes(tensor):
-                    pin(term, Reason("output", "output", "the network's output keeps its order"))
-    for tensor in fakes.values():
-        if id(tensor) not in tracer.touched:
-            for term in tracer.axes(tensor):
-                pin(term, _UNUSED)
+            results += chosen(output, outputs)
+    for tensor in results:
+        for term in tracer.axes(tensor):
+            pin(term, _OUTPUT)
+    used = tracer.used(results)
+    for tensor in fakes.values():  # what stands idle, serves other outputs only, or is cut off and left
+        for leaf in unknowns(tracer.axes(tensor)) - used:
+            pin(leaf, _UNUSED)
     parameters = {name: tracer.axes(tensor) for name, tensor in fakes.items()}
     admit(parameters.values())
-    return Traced(parameters, recorded, tracer.unruled)
+    return Traced(parameters, recorded, tracer.unruled, tracer.heads)
 
 
 def _fake_state(model: nn.Module, fake: FakeTensorMode, tracer: Tracer) -> dict[str, Tensor]:
@@ -112,7 +115,8 @@ def _held(tensor: Tensor, saved: bool) -> Reason | None:
     return None
 
 
-_UNUSED = Reason("unused", "unused", "no operator of this forward pass uses it")
+_UNUSED = Reason("unused", "unused", "the output of this forward pass does not depend on it")
+_OUTPUT = Reason("output", "output", "the network's output keeps its order")
 _INPUT = Reason("input", "input", "the network's input keeps its order")
 
 

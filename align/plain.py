@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import functools
+import sys
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,8 +24,11 @@ def plain_forward(model: nn.Module) -> Iterator[None]:
     """Choose, of forward passes that compute the same, those that can be followed.
 
     Fused attention of `nn.MultiheadAttention` and `nn.TransformerEncoderLayer` is switched off. Mixtures of experts of
-    transformers, which send each expert the tokens that chose it, gather each token's experts instead.
+    transformers, which send each expert the tokens that chose it, gather each token's experts instead. What functions
+    and methods beside the model's classes remember (`functools.lru_cache`) is forgotten before and after, so that no
+    tensor of one run is handed to another.
     """
+    caches = list(_caches(model))
     before = torch.backends.mha.get_fastpath_enabled()
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
     chosen = {key: c._experts_implementation for key, c in configs.items() if hasattr(c, "_experts_implementation")}
@@ -30,8 +36,38 @@ def plain_forward(model: nn.Module) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(False)
         for key in chosen:
             configs[key]._experts_implementation = "batched_mm"
+        _forget(caches)
         yield
     finally:
+        _forget(caches)
         torch.backends.mha.set_fastpath_enabled(before)
         for key, value in chosen.items():
             configs[key]._experts_implementation = value
+
+
+def _forget(caches: Iterable[Any]) -> None:
+    for cache in caches:
+        cache.cache_clear()
+
+
+def _caches(model: nn.Module) -> Iterator[Any]:
+    """Find the caches of functions that stand where the model's classes are defined."""
+    classes = {cls for module in model.modules() for cls in type(module).__mro__}
+    names = {cls.__module__ for cls in classes if not cls.__module__.startswith("torch.")}
+    for namespace in (*(vars(sys.modules[name]) for name in names if name in sys.modules), *map(vars, classes)):
+        for function in list(namespace.values()):
+            yield from _cache_of(function)
+
+
+def _cache_of(function: Any) -> Iterator[Any]:
+    """A cache may be wrapped once more, by a function that decides whether to ask it."""
+    for found in (function, *map(_content, getattr(function, "__closure__", None) or ())):
+        if isinstance(found, functools._lru_cache_wrapper):
+            yield found
+
+
+def _content(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # nothing has been put in it
+        return None

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from .splits import settled, uniform
 from .terms import ONE, product
 from .trace import Axes, Call, rule
 from .unify import admit, blocks, equate, factor, mix
@@ -14,11 +15,13 @@ UNARY = """
 relu gelu silu sigmoid tanh exp expm1 log log1p log2 sqrt rsqrt neg abs square reciprocal sign floor ceil round erf sin
 cos hardtanh leaky_relu elu celu selu softplus hardswish hardsigmoid mish log_sigmoid_forward threshold clamp clamp_min
 clamp_max relu6 softsign tanhshrink hardshrink softshrink logit isnan isinf nan_to_num trunc frac dropout
-feature_dropout alpha_dropout native_dropout logical_not bitwise_not pow
+feature_dropout alpha_dropout native_dropout logical_not bitwise_not pow erfinv
+erfc log10 sinh cosh tan asin acos atan asinh acosh atanh sinc i0 lgamma digamma signbit isfinite rrelu
+absolute deg2rad rad2deg sgn angle
 """
 
 POINTWISE = """
-add sub rsub mul div true_divide floor_divide maximum minimum fmax fmin where addcmul addcdiv lerp eq ne lt le gt ge
+add sub rsub mul div true_divide floor_divide maximum minimum fmax fmin where addcmul addcdiv lerp lt le gt ge
 logical_and logical_or logical_xor bitwise_and bitwise_or remainder fmod atan2 hypot masked_fill _prelu_kernel xlogy
 copysign
 """
@@ -33,22 +36,24 @@ _adaptive_avg_pool2d _adaptive_avg_pool3d
 
 RESIZES = """
 upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d upsample_bicubic2d
-upsample_trilinear3d reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d
+upsample_trilinear3d _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d
+_upsample_bilinear2d_aa _upsample_bicubic2d_aa _upsample_lanczos2d_aa reflection_pad3d replication_pad3d
+reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d
 """
 
 
 def broadcast(call: Call, tensors: Sequence[Tensor]) -> Axes:
-    """Equate the axes of tensors that are broadcast against each other; an axis of size one stretches."""
+    """Equate the axes of tensors that are broadcast against each other; an axis of size one, or of copies, stretches."""
     ndim = max(tensor.ndim for tensor in tensors)
     axes: Axes = [ONE] * ndim
-    sizes = [1] * ndim
     for tensor in tensors:
-        for dim, (term, size) in enumerate(zip(call.axes(tensor), tensor.shape, strict=True), ndim - tensor.ndim):
-            if size == 1:
+        for dim, (axis, size) in enumerate(zip(call.raw(tensor), tensor.shape, strict=True), ndim - tensor.ndim):
+            if size == 1 or (uniform(axis) and axes[dim] is not ONE):
                 continue
-            if sizes[dim] == 1:
-                axes[dim], sizes[dim] = term, size
-            else:
+            if axes[dim] is ONE or uniform(axes[dim]):
+                axes[dim] = axis
+            elif axes[dim] != axis:
+                axes[dim], term = settled([axes[dim], axis])
                 equate(axes[dim], term, call.reason)
     return axes
 
@@ -88,18 +93,6 @@ def reduce(call: Call) -> Axes | tuple[Axes, ...]:
     return (kept, kept) if call.operator == "var_mean" else kept
 
 
-@rule("max", "min")
-def extremum(call: Call) -> Axes | tuple[Axes, ...]:
-    """Find the largest entry of all, or of an axis with its position, or of two tensors at each place."""
-    if call["other"] is not None:
-        return broadcast(call, [call["self"], call["other"]])
-    if call["dim"] is None:
-        return []
-    call.pin(call.axes(call["self"])[call["dim"]])  # the position is part of the result
-    kept = reduce(call)
-    return (list(kept), list(kept))
-
-
 @rule("_softmax", "_log_softmax", "softmax", "log_softmax", "_safe_softmax")
 def softmax(call: Call) -> Axes:
     """Normalise along an axis, in any order."""
@@ -128,6 +121,8 @@ def _contract(call: Call, left: Tensor, right: Tensor) -> Axes:
         if 1 not in sizes:
             equate(batch_a[-index], batch_b[-index], call.reason)
             shared.append(batch_a[-index])
+            if not any(uniform(call.raw(tensor)[-2 - index]) for tensor in (left, right)):
+                call.tracer.heads.append(batch_a[-index])
         elif sizes[0] == 1:
             batch_a[-index] = batch_b[-index]
     batch = [*batch_b[: max(len(batch_b) - len(batch_a), 0)], *batch_a]
@@ -145,7 +140,7 @@ def addmm(call: Call) -> Axes:
     if call.operator.startswith("addmv"):
         left, right = call["mat"], call["vec"]
     axes = _contract(call, left, right)
-    _equate_last(call, axes, call["self"])
+    equate_last(call, axes, call["self"])
     return axes
 
 
@@ -158,22 +153,15 @@ def linear(call: Call) -> Axes:
     admit([[weight[1]], [weight[0]], axes[:-1]])  # as in `_contract`: every row meets every column
     axes[-1] = weight[0]
     if call["bias"] is not None:
-        _equate_last(call, axes, call["bias"])
+        equate_last(call, axes, call["bias"])
     return axes
 
 
-def _equate_last(call: Call, axes: Axes, tensor: Tensor) -> None:
+def equate_last(call: Call, axes: Axes, tensor: Tensor) -> None:
+    """Equate the axes of a tensor that is broadcast against others, from the last on."""
     for mine, other, size in zip(reversed(axes), reversed(call.axes(tensor)), reversed(tensor.shape), strict=False):
         if size != 1:
             equate(mine, other, call.reason)
-
-
-@rule("embedding")
-def embedding(call: Call) -> Axes:
-    """Look rows up: their number is what the indices mean, their entries are free."""
-    weight = call.axes(call["weight"])
-    call.pin(weight[0])
-    return [*call.axes(call["indices"]), weight[1]]
 
 
 @rule("convolution", "conv1d", "conv2d", "conv3d", "_convolution")
@@ -222,6 +210,17 @@ def batch_norm(call: Call) -> Axes:
             equate(axes[1], call.axes(call[name])[0], call.reason)
     mix(axes, [dim for dim in range(len(axes)) if dim != 1])
     return axes
+
+
+@rule("_weight_norm_interface", "_weight_norm")
+def weight_norm(call: Call) -> Axes | tuple[Axes, Axes]:
+    """Scale each slice of a weight to a length of its own."""
+    weight, length = call.axes(call["v"]), call.axes(call["g"])
+    dim = (call["dim"] or 0) % len(weight)
+    if call["g"].ndim == len(weight):
+        equate(weight[dim], length[dim], call.reason)
+    mix(weight, [at for at in range(len(weight)) if at != dim])
+    return (weight, list(length)) if isinstance(call.result, (tuple, list)) else weight
 
 
 @rule("native_layer_norm", "layer_norm", "rms_norm", "_fused_rms_norm")

@@ -2,25 +2,40 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
+from .splits import copies, divide, rejoined, settled, split_axis, uniform
 from .terms import ONE, concatenation, product
 from .trace import Axes, Call, NoRuleError, rule
-from .unify import Unknown, cut, equate, factor
+from .unify import Unknown, equate
 
 
 def constant_axes(shape: Sequence[int]) -> Axes:
     """Describe a tensor that holds one value everywhere: any order of it is the same."""
-    return [Unknown(size) if size > 1 else ONE for size in shape]
+    return [copies(size) for size in shape]
 
 
-@rule("clone", "detach", "alias", "contiguous", "_to_copy", "lift_fresh", "lift_fresh_copy", "to")
+@rule(
+    "clone", "detach", "alias", "contiguous", "_to_copy", "lift_fresh", "lift_fresh_copy", "to", "positive", "conj",
+    "_conj", "resolve_conj", "resolve_neg", "conj_physical", "real", "imag", entries="kept",
+)  # fmt: skip
 def same(call: Call) -> Axes:
     """Keep every axis."""
-    return call.axes(call["self"])
+    return call.raw(call["self"])
+
+
+@rule("as_strided", "as_strided_copy", entries="kept")
+def as_strided(call: Call) -> Axes:
+    """Lay the same axes out anew in memory; anything else is not followed."""
+    tensor: Tensor = call["self"]
+    wanted = [step for step, size in zip(call["stride"], call["size"], strict=True) if size != 1]
+    kept = [step for step, size in zip(call.result.stride(), call.result.shape, strict=True) if size != 1]
+    if list(call["size"]) != list(tensor.shape) or wanted != kept or call.operator != "as_strided_":
+        raise NoRuleError
+    return call.raw(tensor)
 
 
 @rule("zeros", "ones", "full", "empty", "zeros_like", "ones_like", "full_like", "empty_like")
@@ -35,93 +50,107 @@ def constant_like(call: Call) -> Axes:
     return call.axes(call["self"]) if call.operator in ("zero_", "fill_") else constant_axes(call.result.shape)
 
 
-@rule("view", "_unsafe_view", "reshape", "_reshape_alias", "_reshape_copy", "view_copy", "flatten", "unflatten")
+@rule(
+    "view", "_unsafe_view", "reshape", "_reshape_alias", "_reshape_copy", "view_copy", "flatten", "unflatten",
+    entries="kept",
+)  # fmt: skip
 def view(call: Call) -> Axes:
     """Split and merge axes: the sizes are matched from the left, in runs of equal product."""
     if call["dtype"] is not None:
         raise NoRuleError  # the same bytes read as another type
-    old = [(term, size) for term, size in zip(call.axes(call["self"]), call["self"].shape, strict=True) if size != 1]
     shape = list(call.result.shape)
     if 0 in shape:
         return [call.fixed(size) for size in shape]
+    tensor: Tensor = call["self"]
+    sized = [(axis, size) for axis, size in zip(call.raw(tensor), tensor.shape, strict=True) if size != 1]
+    old = rejoined(sized)
     new: Axes = []
     while shape:
         sizes = [shape.pop(0)]
-        terms, count = [], 1
-        while count != (wanted := _product(sizes)):
+        run, count = [], 1
+        while count != (wanted := math.prod(sizes)):
             if count < wanted:
-                term, size = old.pop(0)
-                terms.append(term)
+                axis, size = old.pop(0)
+                run.append(axis)
                 count *= size
             else:
                 sizes.append(shape.pop(0))
-        new += _split(product(terms), sizes, call)
+        new += _split(run, sizes, call)
     return new
 
 
-def _product(sizes: Sequence[int]) -> int:
-    total = 1
-    for size in sizes:
-        total *= size
-    return total
-
-
-def _split(term: Any, sizes: list[int], call: Call) -> Axes:
+def _split(run: Axes, sizes: list[int], call: Call) -> Axes:
+    if run and all(map(uniform, run)):
+        return [copies(size) for size in sizes]
+    whole = run[0] if len(run) == 1 else product(settled(run))
     if sum(size != 1 for size in sizes) <= 1:
-        return [ONE if size == 1 else term for size in sizes]
-    return factor(term, sizes, call.reason)
+        return [ONE if size == 1 else whole for size in sizes]
+    return split_axis(settled([whole])[0], sizes, call.reason)
 
 
-@rule("permute")
+@rule("permute", entries="kept")
 def permute(call: Call) -> Axes:
     """Reorder the axes."""
-    axes = call.axes(call["self"])
+    axes = call.raw(call["self"])
     return [axes[dim] for dim in call["dims"]]
 
 
-@rule("transpose", "swapaxes", "t")
+@rule("transpose", "swapaxes", "t", entries="kept")
 def transpose(call: Call) -> Axes:
     """Swap two axes."""
-    axes = list(call.axes(call["self"]))
+    axes = call.raw(call["self"])
     if axes[1:]:
-        first, second = (
-            (0, 1) if call.operator.startswith("t_") or call.operator == "t" else (call["dim0"], call["dim1"])
-        )
+        both = call.operator.removesuffix("_") == "t"
+        first, second = (0, 1) if both else (call["dim0"], call["dim1"])
         axes[first], axes[second] = axes[second], axes[first]
     return axes
 
 
-@rule("unsqueeze")
+@rule("unsqueeze", entries="kept")
 def unsqueeze(call: Call) -> Axes:
     """Insert an axis of size one."""
-    axes = list(call.axes(call["self"]))
+    axes = call.raw(call["self"])
     axes.insert(call["dim"] % (len(axes) + 1), ONE)
     return axes
 
 
-@rule("squeeze")
+@rule("squeeze", entries="kept")
 def squeeze(call: Call) -> Axes:
     """Drop axes of size one."""
     tensor: Tensor = call["self"]
     dims = range(tensor.ndim) if call["dim"] is None else call["dim"]
     dropped = {dim % max(tensor.ndim, 1) for dim in ([dims] if isinstance(dims, int) else dims)}
     return [
-        term
-        for dim, (term, size) in enumerate(zip(call.axes(tensor), tensor.shape, strict=True))
+        axis
+        for dim, (axis, size) in enumerate(zip(call.raw(tensor), tensor.shape, strict=True))
         if not (dim in dropped and size == 1)
     ]
 
 
-@rule("expand", "expand_copy")
+@rule("expand", "expand_copy", entries="kept")
 def expand(call: Call) -> Axes:
     """Repeat axes of size one; the copies are equal, so any order of them is the same."""
     tensor: Tensor = call["self"]
     new = call.result.ndim - tensor.ndim
     kept = [
-        term if size == wanted else constant_axes([wanted])[0]
-        for term, size, wanted in zip(call.axes(tensor), tensor.shape, call.result.shape[new:], strict=True)
+        axis if size == wanted else constant_axes([wanted])[0]
+        for axis, size, wanted in zip(call.raw(tensor), tensor.shape, call.result.shape[new:], strict=True)
     ]
     return constant_axes(call.result.shape[:new]) + kept
+
+
+@rule("repeat", entries="kept")
+def repeat(call: Call) -> Axes:
+    """Put copies of the tensor one after the other; any order of the copies is the same."""
+    axes = call.axes(call["self"])
+    repeats = list(call["repeats"])
+    new = len(repeats) - len(axes)
+    blocks = constant_axes(repeats)
+    joined = [
+        term if copy is ONE else product([*settled([copy]), term])
+        for copy, term in zip(blocks[new:], axes, strict=True)
+    ]
+    return [*blocks[:new], *joined]
 
 
 @rule("cat", "concat")
@@ -150,61 +179,56 @@ def stack(call: Call) -> Axes:
     return axes
 
 
-@rule("split", "split_with_sizes", "chunk", "split_copy", "split_with_sizes_copy", "unsafe_split", "unsafe_chunk")
+@rule(
+    "split", "split_with_sizes", "chunk", "split_copy", "split_with_sizes_copy", "unsafe_split", "unsafe_chunk",
+    "tensor_split", "hsplit", "vsplit", entries="kept",
+)  # fmt: skip
 def split(call: Call) -> tuple[Axes, ...]:
     """Cut one axis into segments."""
-    axes = call.axes(call["self"])
+    axes = call.raw(call["self"])
     dim = (call["dim"] or 0) % len(axes)
-    segments = cut(axes[dim], [part.shape[dim] for part in call.result], call.reason)
-    return tuple([*axes[:dim], segment, *axes[dim + 1 :]] for segment in segments)
+    return tuple(divide(axes, dim, [part.shape[dim] for part in call.result], call.reason))
 
 
-@rule("unbind")
+@rule("unbind", "unbind_copy", entries="kept")
 def unbind(call: Call) -> tuple[Axes, ...]:
     """Take an axis apart."""
-    axes = call.axes(call["self"])
+    axes = call.raw(call["self"])
     dim = (call["dim"] or 0) % len(axes)
-    call.pin(axes[dim])
-    return tuple([*axes[:dim], *axes[dim + 1 :]] for _ in call.result)
+    parts = divide(axes, dim, [1] * len(call.result), call.reason)
+    return tuple([*part[:dim], *part[dim + 1 :]] for part in parts)
 
 
-@rule("slice", "slice_copy", "narrow")
+@rule("slice", "slice_copy", "narrow", entries="kept")
 def slice_(call: Call) -> Axes:
-    """Take part of an axis: cut it where the part is contiguous, pin it where it is strided."""
+    """Take part of an axis: a segment where it is contiguous, a factor where every n-th position is taken."""
     tensor: Tensor = call["self"]
-    axes = list(call.axes(tensor))
+    axes = call.raw(tensor)
     dim = (call["dim"] or 0) % tensor.ndim
-    size, length = tensor.shape[dim], call.result.shape[dim]
+    size, length, step = tensor.shape[dim], call.result.shape[dim], call["step"] or 1
     start = min(max((call["start"] or 0) + (size if (call["start"] or 0) < 0 else 0), 0), size)
     if length == size:
         return axes
-    if (call["step"] or 1) == 1:
-        axes[dim] = cut(axes[dim], [start, length, size - start - length], call.reason)[1]
-    else:
-        call.pin(axes[dim])
-        axes[dim] = call.fixed(length)
-    return axes
+    if step == 1:
+        return divide(axes, dim, [start, length, size - start - length], call.reason)[1]
+    term = settled(axes)[dim]
+    if size % step or length != size // step:
+        call.pin(term)
+        return [*axes[:dim], call.fixed(length), *axes[dim + 1 :]]
+    rows = split_axis(term, [length, step], call.reason)
+    kept = divide([*axes[:dim], *rows, *axes[dim + 1 :]], dim + 1, [start, 1, step - start - 1], call.reason)[1]
+    return [*kept[: dim + 1], *kept[dim + 2 :]]
 
 
-@rule("select", "select_copy")
+@rule("select", "select_copy", entries="kept")
 def select(call: Call) -> Axes:
     """Take one position of an axis, which stays where it is; the rest of the axis is cut off."""
-    axes = list(call.axes(call["self"]))
+    axes = call.raw(call["self"])
     dim = call["dim"] % len(axes)
     size = call["self"].shape[dim]
     index = call["index"] % size
-    cut(axes[dim], [index, 1, size - index - 1], call.reason)
-    return axes[:dim] + axes[dim + 1 :]
-
-
-@rule("index_select")
-def index_select(call: Call) -> Axes:
-    """Pick positions of an axis by index."""
-    axes = list(call.axes(call["self"]))
-    dim = call["dim"] % len(axes)
-    call.pin(axes[dim])
-    axes[dim] = call.fixed(call.result.shape[dim])
-    return axes
+    kept = divide(axes, dim, [index, 1, size - index - 1], call.reason)[1]
+    return kept[:dim] + kept[dim + 1 :]
 
 
 @rule("flip", "roll")

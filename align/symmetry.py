@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,6 +96,9 @@ class Symmetry:
         layout: For every parameter and buffer a term for each axis.
         points: Where each group's units enter the module that consumes them.
         architecture: Class of the model that was traced.
+        unsaved: Buffers that a state dict does not hold.
+        outputs: Keys or places of the outputs that stay as they are; None: see `align.outputs.chosen`.
+        verification: What was measured of it; None: nothing yet.
     """
 
     groups: tuple[Group, ...]
@@ -102,7 +106,9 @@ class Symmetry:
     layout: Mapping[str, tuple[Term, ...]]
     points: tuple[Point, ...] = ()
     architecture: str = ""
-    unsaved: tuple[str, ...] = field(default=(), repr=False)  # buffers that a state dict does not hold
+    unsaved: tuple[str, ...] = field(default=(), repr=False)
+    outputs: tuple[str | int, ...] | None = None
+    verification: Verification | None = None
 
     @cached_property
     def by_name(self) -> dict[str, Group]:
@@ -136,6 +142,21 @@ class Symmetry:
                 graph.add_node(("axis", name, axis), bipartite=0, size=self.shapes[name][axis])
                 graph.add_edge(("axis", name, axis), ("group", group.name))
         return graph
+
+    @property
+    def order(self) -> float:
+        """Natural logarithm of the number of permutations in the symmetry.
+
+        A group of n units that lies within others has n! orders for each of their positions.
+
+        >>> from isthmus import symmetry
+        >>> net = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 1))
+        >>> found = symmetry(net, torch.ones(1, 2))
+        >>> round(math.exp(found.order))  # 4! · 3!
+        144
+        """
+        copies = {g.name: math.prod(self.by_name[outer].size for outer in g.within) for g in self.groups}
+        return math.fsum(copies[g.name] * math.lgamma(g.size + 1) for g in self.groups)
 
     def random(self, generator: torch.Generator | None = None) -> Permutation:
         """Draw a permutation uniformly from the whole symmetry.
@@ -178,6 +199,28 @@ class Symmetry:
 
         return verify(self, model, example_inputs, **options)
 
+    @property
+    def is_verified(self) -> bool:
+        """Whether it was measured, and holds."""
+        return self.verification is not None and self.verification.passed
+
+    def verified(self, model: nn.Module, example_inputs: Any, also: Sequence[Any] = ()) -> Symmetry:
+        """Give a symmetry that is known to hold: itself if it was verified before, else a copy with the measurements.
+
+        Args:
+            model: Any network of the architecture.
+            example_inputs: As in `symmetry`.
+            also: Further ones; see `verify`.
+
+        Raises:
+            ArchitectureError: The symmetry belongs to another architecture.
+            SymmetryError: It does not hold, with the groups that fail; or it cannot be measured.
+        """
+        self.check_fits(model, "the model")
+        if self.is_verified:
+            return self
+        return replace(self, verification=self.verify(model, example_inputs, also=also).check())
+
     def to_json(self) -> dict[str, Any]:
         """Give the whole as JSON values."""
         return {
@@ -188,6 +231,8 @@ class Symmetry:
             "layout": {name: [to_json(term) for term in terms] for name, terms in self.layout.items()},
             "points": [[p.module, p.call, p.side, p.axis, p.ndim, to_json(p.term)] for p in self.points],
             "unsaved": list(self.unsaved),
+            "outputs": None if self.outputs is None else list(self.outputs),
+            "verification": None if self.verification is None else self.verification.to_json(),
         }
 
     @classmethod
@@ -197,8 +242,11 @@ class Symmetry:
         Raises:
             SymmetryError: It is something else.
         """
+        from .verify import Verification
+
         if not isinstance(value, dict) or value.get("format") != FORMAT:
             raise SymmetryError(f"not a saved symmetry (expected the format {FORMAT!r})")
+        outputs, measured = value.get("outputs"), value.get("verification")  # older files have neither
         return cls(
             tuple(Group(n, s, k, tuple((a, i) for a, i in axes), tuple(w)) for n, s, k, axes, w in value["groups"]),
             tuple(Pinned(n, a, s, k, o, r) for n, a, s, k, o, r in value["pinned"]),
@@ -206,6 +254,8 @@ class Symmetry:
             tuple(Point(m, c, s, a, n, from_json(term)) for m, c, s, a, n, term in value["points"]),
             value["architecture"],
             tuple(value["unsaved"]),
+            None if outputs is None else tuple(outputs),
+            None if measured is None else Verification.from_json(measured),
         )
 
     def save(self, path: PathLike) -> Path:

@@ -6,27 +6,36 @@ One without a rule pins every axis that it touches.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from .unify import Reason, admit, fixed, pin
+from .constants import Constants
+from .splits import Copies, settled, standing
+from .unify import Reason, Unknown, admit, fixed, pin, unknowns
 
 Axes = list[Any]
 
 RULES: dict[str, Callable[[Call], Any]] = {}
+ENTRIES: dict[str, str] = {}
 
 
 class NoRuleError(Exception):
     """A rule does not cover this form of its operator; everything that it touches is then pinned."""
 
 
-def rule(*operators: str) -> Callable[[Callable[[Call], Any]], Callable[[Call], Any]]:
+def rule(*operators: str, entries: str = "") -> Callable[[Callable[[Call], Any]], Callable[[Call], Any]]:
     """Register the rule of some ATen operators, by name without overload; `add` serves `add_` as well.
+
+    Args:
+        operators: Their names.
+        entries: What becomes of integers that are positions on an axis, such as those of `topk`: "" the operator
+            computes with them, so that the axis must keep its order; "kept" it moves them; "used" the rule looks at
+            them itself, through `Call.positions`.
 
     The rule receives a `Call`, equates, splits or pins the axes of its inputs, and returns the axes of the output:
     a list of terms, or a tuple of such lists for several outputs; outputs without one are pinned throughout. It may
@@ -37,6 +46,7 @@ def rule(*operators: str) -> Callable[[Callable[[Call], Any]], Callable[[Call], 
         for operator in operators:
             assert operator not in RULES, f"two rules for {operator}"
             RULES[operator] = function
+            ENTRIES[operator] = entries
         return function
 
     return register
@@ -60,6 +70,18 @@ class Call:
         """Give the terms of a tensor's axes."""
         return self.tracer.axes(tensor)
 
+    def raw(self, tensor: Tensor) -> Axes:
+        """Give a tensor's axes with factors on trial as they are (see `splits`), to be moved and handed on."""
+        return list(self.tracer.raw(tensor))
+
+    def positions(self, tensor: Tensor) -> Any:
+        """Give the axis on which a tensor's entries are positions; None: its entries are numbers."""
+        return self.tracer.positions.get(id(tensor), (None, None))[1]
+
+    def point(self, tensor: Tensor, term: Any) -> None:
+        """State that a result's entries are positions on an axis."""
+        self.tracer.positions[id(tensor)] = (tensor, term)
+
     def fixed(self, size: int) -> Any:
         """Make an axis of positions that mean something to this operator."""
         return fixed(size, self._position)
@@ -73,15 +95,31 @@ class Call:
         return Reason("position", self.operator, f"its positions have a meaning for {self.operator}{self.where}")
 
 
+@dataclass
+class Step:
+    """One operator that ran: the storages that it read and wrote, and the terms that it computed with."""
+
+    read: set[int]
+    written: set[int]
+    terms: list[Any]
+
+
+def _stores(tensors: Iterable[Tensor]) -> set[int]:
+    return {tensor.untyped_storage()._cdata for tensor in tensors if not tensor.is_sparse}
+
+
 class Tracer(TorchDispatchMode):
     """Follows the axes of tensors through the operators that are dispatched while it is active."""
 
     def __init__(self) -> None:
         super().__init__()
         self.terms: dict[int, tuple[Tensor, Axes]] = {}  # the tensor is kept, so that its id stays its own
+        self.positions: dict[int, tuple[Tensor, Any]] = {}
+        self.heads: list[Any] = []
+        self.constants = Constants()
         self.modules: list[str] = []
         self.unruled: dict[str, list[str]] = {}
-        self.touched: set[int] = set()
+        self.steps: list[Step] = []
         self.operator = ""  # the last that was dispatched
 
     @property
@@ -91,6 +129,10 @@ class Tracer(TorchDispatchMode):
 
     def axes(self, tensor: Tensor) -> Axes:
         """Give the terms of a tensor's axes; those of one never seen are fixed."""
+        return settled(self.raw(tensor))
+
+    def raw(self, tensor: Tensor) -> Axes:
+        """Give a tensor's axes, factors on trial as they are."""
         if id(tensor) not in self.terms:
             reason = Reason("operator", "constant", f"a tensor in {self.place or 'forward'} that is no parameter")
             self.assign(tensor, [fixed(size, reason) for size in tensor.shape])
@@ -104,15 +146,20 @@ class Tracer(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         packet = self.operator = func._schema.name.removeprefix("aten::")
+        if packet == "_local_scalar_dense" and (known := self.constants.value(args[0])) is not None:
+            with _disable_current_modes():
+                return known.item()
         result = func(*args, **kwargs)
+        self.constants.follow(func, args, kwargs, result)
         where = f" in {self.place or 'forward'}"
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         if not outputs and not func._schema.is_mutable:  # a question about shape, type or device
             return result
-        self.touched.update(map(id, inputs))
-        found = RULES.get(packet) or RULES.get(packet.removesuffix("_"))
+        name = packet if packet in RULES else packet.removesuffix("_")
+        found = RULES.get(name)
         if found is None or any(tensor.is_sparse for tensor in inputs + outputs):
+            self._note(func, args, inputs, outputs, moved=False)
             self._pin_all(packet, where, inputs, outputs)
             return result
         names = [argument.name for argument in func._schema.arguments]
@@ -124,12 +171,48 @@ class Tracer(TorchDispatchMode):
             where,
             Reason("operator", packet, f"{packet}{where} combines axes whose blocks do not fit"),
         )
+        self._note(func, args, inputs, outputs, moved=ENTRIES[name] == "kept")
+        self._settle_positions(call, ENTRIES[name], inputs, outputs)
         try:
             self._assign_outputs(call, outputs, found(call))
         except NoRuleError:
             self._pin_all(packet, where, inputs, outputs)
-        admit(self.axes(tensor) for tensor in itertools.chain(inputs, outputs))
+        admit(standing(self.raw(tensor)) for tensor in itertools.chain(inputs, outputs))
         return result
+
+    def _note(self, func: Any, args: Sequence[Any], inputs: list[Tensor], outputs: list[Tensor], moved: bool) -> None:
+        """Remember a step, for `used`; what is written to is settled, as it will vary along every axis."""
+        written = [
+            value
+            for argument, value in zip(func._schema.arguments, args, strict=False)
+            if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, Tensor)
+        ]
+        for tensor in written:
+            for axis in self.raw(tensor):
+                if isinstance(axis, Copies):
+                    axis.settle()
+        terms = [] if moved else [term for tensor in inputs for term in standing(self.raw(tensor))]
+        self.steps.append(Step(_stores(inputs), _stores([*outputs, *written]), terms))
+
+    def used(self, results: Sequence[Tensor]) -> set[Unknown]:
+        """Collect the units that some operator computes with on the way to the results."""
+        live = _stores(results)
+        terms: list[Any] = list(itertools.chain.from_iterable(map(self.axes, results)))
+        for step in reversed(self.steps):
+            if step.written & live:
+                live |= step.read
+                terms += step.terms
+        return unknowns(terms)
+
+    def _settle_positions(self, call: Call, entries: str, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+        if entries == "used":
+            return
+        for term in [call.positions(tensor) for tensor in inputs]:
+            if term is not None and entries == "kept" and not any(t.is_floating_point() for t in outputs):
+                for tensor in outputs:
+                    call.point(tensor, term)
+            elif term is not None:
+                call.pin(term)
 
     def _assign_outputs(self, call: Call, outputs: list[Tensor], axes: Any) -> None:
         several = axes if isinstance(axes, tuple) else (axes,)
@@ -143,7 +226,7 @@ class Tracer(TorchDispatchMode):
         if inputs:
             self.unruled.setdefault(operator, []).append(self.place)
         for tensor in inputs:
-            for term in self.axes(tensor):
+            for term in [*standing(self.raw(tensor)), *self.positions.get(id(tensor), ())[1:]]:
                 pin(term, reason)
         for tensor in outputs:
             self.assign(tensor, [fixed(size, reason) for size in tensor.shape])

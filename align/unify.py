@@ -257,14 +257,14 @@ def blocks(term: Any, size: int, reason: Reason) -> None:
         factor(term, (term.size // size, size), reason)
 
 
-def admit(tensors: Iterable[Sequence[Any]]) -> None:
+def admit(tensors: Iterable[Iterable[Any]]) -> None:
     """State which axes stand side by side: an unknown's order may depend only on what stands in all its tensors.
 
     Args:
         tensors: For each tensor, the terms of its axes.
     """
     for axes in tensors:
-        for leaf, beside in contexts(axes):
+        for leaf, beside in contexts(list(axes)):
             leaf.allowed.add(beside)
 
 

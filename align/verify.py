@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from ..base.architecture import full_state
-from ..base.batches import Batch, model_device
+from ..base.batches import Batch
 from ..base.errors import SymmetryError
-from .terms import pieces
+from .probe import Probe, State, as_given, check_has_data, noise, others
+from .terms import groups_of, pieces, take
 
 if TYPE_CHECKING:
     from .permutation import Permutation
     from .symmetry import Symmetry
 
 TOLERANCE = 1e-8
-# Of the perturbation, relative to the spread of each parameter.
-_SPREADS = (0.3, *[1.0] * 4, *[3.0] * 8)
+# Of the perturbation, relative to the spread of each parameter: first near the given weights, then further away.
+_SPREADS = (0.3, *[1.0] * 6, *[3.0] * 6)
+# What is left of the perturbation where a network gives NaN under it.
+_SMALLER = (1.0, 0.1, 0.01, 0.0)
+# Up to so many groups are tried one by one; more are halved first.
+_ONE_BY_ONE = 16
+# In so many of its parameters a group is moved alone, to see whether it matters, where gradients do not show it.
+_PLACES = 4
 
 
 @dataclass(frozen=True)
@@ -61,34 +65,59 @@ class Verification:
         """
         if self.passed:
             return self
-        if not self.sensitive:
+        if self.error > self.tolerance:
+            groups = f"group {', '.join(self.failing)}" if self.failing else "no single group, but all together"
+            why = f"permuting {groups} changes the outputs by {self.error:.1e}"
+        elif not self.sensitive:
             why = (
                 f"its outputs do not depend on its input (relative change {self.sensitivity:.1e}), so nothing is proved"
             )
-        elif self.insensitive and self.error <= self.tolerance:
-            why = f"the outputs do not depend on group {', '.join(self.insensitive)}, so nothing is proved about it"
         else:
-            groups = f"group {', '.join(self.failing)}" if self.failing else "no single group, but all together"
-            why = f"permuting {groups} changes the outputs by {self.error:.1e}"
+            why = f"the outputs do not depend on group {', '.join(self.insensitive)}, so nothing is proved about it"
         raise SymmetryError(f"the symmetry could not be verified in float64: {why}")
+
+    def to_json(self) -> dict[str, Any]:
+        """Give the measurements as JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Verification:
+        """Read what `to_json` gave.
+
+        >>> found = Verification(1e-15, 0.5, (), ())
+        >>> Verification.from_json(found.to_json()) == found
+        True
+        """
+        error, sensitivity, tolerance = (float(value[name]) for name in ("error", "sensitivity", "tolerance"))
+        return cls(error, sensitivity, tuple(value["insensitive"]), tuple(value["failing"]), tolerance)
 
 
 def verify(
-    symmetry: Symmetry, model: nn.Module, example_inputs: Any, *, tolerance: float = TOLERANCE, seed: int = 0
+    symmetry: Symmetry,
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    also: Sequence[Any] = (),
+    tolerance: float = TOLERANCE,
+    seed: int = 0,
 ) -> Verification:
     """Measure that random permutations leave a network's outputs unchanged, on a copy in float64.
 
     Every parameter of the copy is perturbed first, so that no layer is switched off by a zero at initialisation and no
-    two units are alike; the running statistics of batch norms are spread out likewise. Then three things are measured:
-    that two inputs give different outputs; that every group has units on which the outputs depend; and that a random
-    permutation that moves every group leaves the outputs as they were. If it does not, each group is tried alone.
+    two units are alike; the running statistics of batch norms are spread out likewise. Casts inside the network are
+    raised to float64 (see `Precise`). Then three things are measured: that two inputs give different outputs; that
+    every group, moved in one place only, would change the outputs; and that a random permutation that moves every
+    group leaves them as they were. If it does not, groups are tried alone.
     Where nothing is disproved and some group does not reach the outputs, as a small layer of ReLUs that happen to be
     off, other weights and inputs are drawn, further and further from the given ones.
 
     Args:
-        symmetry: The claim.
-        model: The network, or one of the same architecture; not changed.
-        example_inputs: As in `symmetry`.
+        symmetry: The claim; of the outputs, only those that it keeps are compared (`symmetry.outputs`).
+        model: The network, or one of the same architecture; not changed. It runs in evaluation mode.
+        example_inputs: As in `symmetry`. Normal noise takes the place of their floating-point numbers, unless the
+            network fails on it.
+        also: Further example inputs, each like the first, as for a network with several ways through it. The claim
+            must hold for all; a group must reach the outputs for one.
         tolerance: Largest relative change that counts as none.
         seed: Seed of the perturbation, the inputs and the permutations.
 
@@ -97,55 +126,169 @@ def verify(
 
     Raises:
         ArchitectureError: The symmetry belongs to another architecture.
+        SymmetryError: Nothing can be measured: the model is on the meta device, is random in evaluation mode, cannot
+            be run in float64, or gives NaN.
     """
     from .derive import as_example
 
     symmetry.check_fits(model, "the model")
+    check_has_data(model)
     generator = torch.Generator().manual_seed(seed)
-    batch = as_example(example_inputs)
-    report = _measure(symmetry, model, batch, tolerance, generator, _SPREADS[0])
-    for spread in _SPREADS[1:]:
+    batches = [as_example(inputs) for inputs in (example_inputs, *also)]
+    unseen = tuple(group.name for group in symmetry.groups if group.size > 1)
+    report = Verification(0.0, 0.0, unseen, (), tolerance)
+    for spread in _SPREADS:
+        found = _measure(symmetry, model, batches, report, generator, spread)
+        error, sensitivity = max(report.error, found.error), max(report.sensitivity, found.sensitivity)
+        report = Verification(error, sensitivity, found.insensitive, found.failing, tolerance)
         if report.passed or report.error > tolerance:
             break
-        report = _joined(report, _measure(symmetry, model, batch, tolerance, generator, spread))
     return report
 
 
-def _joined(a: Verification, b: Verification) -> Verification:
-    return Verification(
-        max(a.error, b.error),
-        max(a.sensitivity, b.sensitivity),
-        tuple(name for name in a.insensitive if name in b.insensitive),
-        b.failing,
-        a.tolerance,
-    )
+@dataclass
+class _Sample:
+    """Inputs, the outputs that they give, and how much others change those."""
+
+    batch: Batch
+    outputs: list[Tensor]
+    sensitivity: float
 
 
 @torch.inference_mode(False)
-@torch.enable_grad()  # gradients show what reaches the outputs, whatever mode the caller is in
 def _measure(
-    symmetry: Symmetry, model: nn.Module, batch: Batch, tolerance: float, generator: torch.Generator, spread: float
+    symmetry: Symmetry,
+    model: nn.Module,
+    examples: Sequence[Batch],
+    before: Verification,
+    generator: torch.Generator,
+    spread: float,
 ) -> Verification:
-    probe = copy.deepcopy(model).double().eval()
-    device = model_device(model)
-    _perturb(probe, generator, spread)
-    first = _vary(batch, generator).to(device, torch.float64)
-    second = _vary(first, generator).to(device, torch.float64)
-    state = full_state(probe)
-    before = _outputs(probe, state, first)
-    sensitivity = _change(before, _outputs(probe, state, second))
-    insensitive = _insensitive(symmetry, probe, first)
+    """Measure once; of the groups, only those that were insensitive before are looked at again."""
+    tolerance = before.tolerance
+    probe, samples = _samples(symmetry, model, examples, tolerance, generator, spread)
     permutation = _moving(symmetry, generator)
-    error = _change(before, _outputs(probe, permutation.apply(state), first))
-    failing = []
-    if error > tolerance:
-        for group in symmetry.groups:
-            alone = symmetry.identity()
-            indices = {**alone.indices, group.name: permutation.indices[group.name]}
-            changed = type(alone)(symmetry, indices).apply(state)
-            if _change(before, _outputs(probe, changed, first)) > tolerance:
-                failing.append(group.name)
-    return Verification(error, sensitivity, insensitive, tuple(failing), tolerance)
+
+    def error(groups: Sequence[str]) -> float:
+        state = _only(permutation, groups).apply(probe.state)
+        return max(change(sample.outputs, probe.run(state, sample.batch)) for sample in samples)
+
+    names = [group.name for group in symmetry.groups]
+    whole = error(names)
+    failing = _failing(lambda groups: error(groups) > tolerance, names) if whole > tolerance else []
+    found = Verification(whole, min(sample.sensitivity for sample in samples), (), tuple(failing), tolerance)
+    unseen = before.insensitive
+    if found.passed:  # else there is nothing that these groups could prove
+        unseen = _insensitive(permutation, probe, samples, tolerance, unseen)
+    return replace(found, insensitive=unseen)
+
+
+def _failing(breaks: Callable[[Sequence[str]], bool], names: Sequence[str]) -> list[str]:
+    if len(names) <= _ONE_BY_ONE:
+        return [name for name in names if breaks([name])]
+    half = len(names) // 2
+    return [name for part in (names[:half], names[half:]) if breaks(part) for name in _failing(breaks, part)]
+
+
+def _samples(
+    symmetry: Symmetry,
+    model: nn.Module,
+    examples: Sequence[Batch],
+    tolerance: float,
+    generator: torch.Generator,
+    spread: float,
+) -> tuple[Probe, list[_Sample]]:
+    """Perturb the network as far as it bears it, and run it on every example."""
+    moved = {name for name, terms in symmetry.layout.items() if groups_of(terms)}
+    for smaller in _SMALLER:
+        probe = Probe(model, symmetry.outputs)
+        if smaller:
+            probe.perturb(moved.__contains__, generator, smaller * spread, wake=spread != _SPREADS[0])
+        found = []
+        for example in examples:
+            batch, outputs = _first(probe, as_given(example, probe.device), generator)
+            if not _finite(outputs):
+                break
+            _check_repeats(probe, batch, outputs, tolerance)
+            found.append(_Sample(batch, outputs, _sensitivity(probe, batch, outputs, tolerance, generator)))
+        else:
+            return probe, found
+    raise SymmetryError(
+        f"the symmetry cannot be verified: {probe.name} gives NaN on the example inputs and on noise, with its own "
+        "weights and with perturbed ones. Pass inputs on which its outputs are finite"
+    )
+
+
+def _first(probe: Probe, given: Batch, generator: torch.Generator) -> tuple[Batch, list[Tensor]]:
+    """Choose inputs: noise, so that nothing is lost where the example holds zeros; or those given."""
+    drawn = noise(given, generator)
+    try:
+        outputs = probe.run(probe.state, drawn)
+    except Exception:  # a network may refuse numbers that make no sense to it
+        outputs = []
+    if outputs and _finite(outputs):
+        return drawn, outputs
+    return given, probe.run(probe.state, given)
+
+
+def _check_repeats(probe: Probe, batch: Batch, outputs: list[Tensor], tolerance: float) -> None:
+    if (apart := change(outputs, probe.run(probe.state, batch))) > tolerance:
+        raise SymmetryError(
+            f"the symmetry cannot be verified: {probe.name} is random in evaluation mode; two runs on the same inputs "
+            f"differ by {apart:.1e}. Make it deterministic, or pass verify=False"
+        )
+
+
+def _sensitivity(
+    probe: Probe, batch: Batch, outputs: list[Tensor], tolerance: float, generator: torch.Generator
+) -> float:
+    """Measure the change of the outputs on other inputs; of several drawn, the first that changes them clearly."""
+    largest, failure = -1.0, "NaN"
+    for drawn in others(batch, generator):
+        try:
+            found = probe.run(probe.state, drawn)
+        except Exception as error:  # as above
+            failure = f"{type(error).__name__}: {error}"
+            continue
+        if _finite(found):
+            largest = max(largest, change(*map(_numbers, (outputs, found))))
+        if largest > 1e3 * tolerance:
+            return largest
+    if largest < 0 and batch.tensors():
+        raise SymmetryError(
+            f"the symmetry cannot be verified: {probe.name} runs on these inputs, but on no others of their shapes "
+            f"({failure}), so that it cannot be seen to depend on its input. Pass other inputs, or verify=False"
+        )
+    return max(largest, 0.0)
+
+
+def _numbers(outputs: list[Tensor]) -> list[Tensor]:
+    """Leave integers out, if there is more: they may repeat the input."""
+    return [tensor for tensor in outputs if tensor.is_floating_point() or tensor.is_complex()] or outputs
+
+
+def _finite(outputs: list[Tensor]) -> bool:
+    """Say whether there is no NaN, and some number that is not infinite; masked scores may be."""
+    return not any(tensor.isnan().any() for tensor in outputs) and any(tensor.isfinite().any() for tensor in outputs)
+
+
+def change(before: list[Tensor], after: list[Tensor]) -> float:
+    """Give the largest change of any output, relative to its largest finite number; infinity for NaN.
+
+    >>> change([torch.tensor([1.0, -4.0])], [torch.tensor([1.0, -4.5])])
+    0.125
+    """
+    if [tensor.shape for tensor in before] != [tensor.shape for tensor in after]:
+        return float("inf")
+    worst = 0.0
+    for a, b in zip(before, after, strict=True):
+        apart = a != b  # equal infinities are not
+        if apart.any():
+            a, b = (tensor if tensor.is_complex() else tensor.double() for tensor in (a, b))
+            size = a[a.isfinite()].abs().max() if a.isfinite().any() else torch.ones(())
+            relative = float((a - b)[apart].abs().max() / size.clamp_min(torch.finfo(torch.float64).tiny))
+            worst = max(worst, relative if relative == relative else float("inf"))
+    return worst
 
 
 def _moving(symmetry: Symmetry, generator: torch.Generator) -> Permutation:
@@ -158,77 +301,60 @@ def _moving(symmetry: Symmetry, generator: torch.Generator) -> Permutation:
     return type(drawn)(symmetry, moved)
 
 
-def _perturb(probe: nn.Module, generator: torch.Generator, relative: float) -> None:
-    variances = {id(m.running_var) for m in probe.modules() if isinstance(getattr(m, "running_var", None), Tensor)}
-    with torch.no_grad():
-        for tensor in (*probe.parameters(), *probe.buffers()):
-            if not tensor.is_floating_point() or tensor.numel() < 2:
-                continue
-            noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.device)
-            if id(tensor) in variances:
-                tensor.mul_(1 + 0.1 * noise.abs())
-            else:
-                spread = tensor.std() if tensor.numel() > 1 else tensor.abs()
-                scale = relative * spread if spread > 0 else torch.full_like(spread, 0.1)
-                tensor.add_(noise * scale)
+def _only(permutation: Permutation, groups: Sequence[str]) -> Permutation:
+    """Keep of a permutation what it does to some groups."""
+    still = permutation.symmetry.identity()
+    chosen = {name: permutation.indices[name] for name in groups}
+    return type(permutation)(permutation.symmetry, {**still.indices, **chosen})
 
 
-def _vary(batch: Batch, generator: torch.Generator) -> Batch:
-    """Draw other inputs of the same kind: normal noise, or the given integers in another order."""
+def _insensitive(
+    permutation: Permutation, probe: Probe, samples: Sequence[_Sample], tolerance: float, names: Sequence[str]
+) -> tuple[str, ...]:
+    """Name those groups of which a wrong claim would not be seen: moved in one place only, they change no output.
 
-    def draw(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        if value.is_floating_point():
-            return torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value)
-        order = torch.randperm(value.numel(), generator=generator).to(value.device)
-        return value.flatten()[order].reshape(value.shape)
-
-    return Batch(tuple(map(draw, batch.args)), {name: draw(value) for name, value in batch.kwargs.items()})
-
-
-def _outputs(probe: nn.Module, state: Mapping[str, Tensor], batch: Batch) -> list[Tensor]:
-    with torch.no_grad():
-        # each name has its own value: a claim may permute the two names of a tied tensor differently
-        call = torch.func.functional_call(probe, dict(state), batch.args, dict(batch.kwargs), tie_weights=False)
-        return _flatten(call)
+    Gradients tell the effect of all such moves at once, to first order. Where they show none, or the network cannot be
+    differentiated, the moves are made.
+    """
+    unseen = list(names)
+    for sample in samples:
+        effects = _effects(permutation, probe, sample)
+        unseen = [name for name in unseen if effects.get(name, 0.0) <= tolerance]
+    for name in list(unseen):
+        moves = _moves(permutation, probe.state, name)
+        if any(change(s.outputs, probe.run(state, s.batch)) > tolerance for state in moves for s in samples):
+            unseen.remove(name)
+    return tuple(unseen)
 
 
-def _flatten(output: Any) -> list[Tensor]:
-    if isinstance(output, Mapping):
-        output = list(output.values())
-    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-
-
-def _change(before: list[Tensor], after: list[Tensor]) -> float:
-    changes = [
-        float((a - b).abs().max() / a.abs().max().clamp_min(torch.finfo(a.dtype).tiny))
-        for a, b in zip(before, after, strict=True)
-        if a.numel()
-    ]
-    return max(changes, default=0.0) if all(change == change for change in changes) else float("inf")
-
-
-def _insensitive(symmetry: Symmetry, probe: nn.Module, batch: Batch) -> tuple[str, ...]:
-    """Name the groups of which fewer than two units have any parameter with an influence on the outputs."""
-    parameters = {name: p for name, p in probe.named_parameters(remove_duplicate=False) if p.is_floating_point()}
-    for parameter in parameters.values():
-        parameter.requires_grad_(True)
-    outputs = _flatten(batch.call(probe))
+def _effects(permutation: Permutation, probe: Probe, sample: _Sample) -> dict[str, float]:
+    """Estimate by how much a group, permuted in one place, changes the outputs, relative to them: its largest."""
     generator = torch.Generator().manual_seed(0)
-    score = sum((o * torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o)).sum() for o in outputs)
-    if not isinstance(score, Tensor) or not score.requires_grad:
-        return tuple(group.name for group in symmetry.groups)
-    names = list(dict.fromkeys(parameters))
-    gradients = torch.autograd.grad(score, [parameters[name] for name in names], allow_unused=True)
-    alive: dict[str, Tensor] = {}
-    for name, gradient in zip(names, gradients, strict=True):
-        if gradient is None:
-            continue
-        for piece in pieces(symmetry.layout[name]):
-            part = piece.get(gradient)
-            for at, dim in enumerate(piece.dims):
-                if dim.group is not None:
-                    live = part.movedim(at, 0).reshape(dim.size, -1).ne(0).any(1)
-                    alive[dim.group] = alive.get(dim.group, torch.zeros_like(live)) | live
-    return tuple(g.name for g in symmetry.groups if g.name not in alive or int(alive[g.name].sum()) < min(2, g.size))
+
+    def score(outputs: list[Tensor]) -> Tensor:
+        total = torch.zeros((), dtype=torch.float64, device=probe.device)
+        for output in _numbers(outputs):
+            output = torch.view_as_real(output) if output.is_complex() else output
+            finite = output.detach().isfinite()
+            size = output.detach()[finite].abs().max() if finite.any() else torch.ones(())
+            weights = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output.device)
+            total = total + (output * weights)[finite].sum().to(total.device) / float(size or 1.0)
+        return total
+
+    largest: dict[str, float] = {}
+    for name, gradient in probe.gradients(sample.batch, score).items():
+        for piece in pieces(permutation.symmetry.layout[name]):
+            values, slopes = piece.get(probe.state[name]), piece.get(gradient)
+            for group in {dim.group for dim in piece.dims if dim.group is not None}:
+                moved = take(values, piece, {group: permutation.indices[group]}, permutation.symmetry.within)
+                effect = float(((moved - values) * slopes.conj()).sum().abs())
+                largest[group] = max(largest.get(group, 0.0), effect)
+    return largest
+
+
+def _moves(permutation: Permutation, state: State, group: str) -> Iterator[State]:
+    """Permute a group in one of its parameters, the others held; in matrices first."""
+    alone = _only(permutation, [group])
+    places = dict.fromkeys(name for name, _ in permutation.symmetry.by_name[group].axes)
+    for name in sorted(places, key=lambda name: state[name].ndim < 2)[:_PLACES]:
+        yield {**state, name: alone.permute(name, state[name])}

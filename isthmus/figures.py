@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib import colormaps, rc_context
 from matplotlib.figure import Figure
 
+from isthmus.align import drawing
 from isthmus.base.errors import OutputError
 from isthmus.base.files import PathLike, write_atomic
 
@@ -21,6 +22,7 @@ from .study import Study
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from isthmus.align import Symmetry
     from isthmus.merge import Path
     from isthmus.metrics import Similarity
 
@@ -105,6 +107,13 @@ def similarity_figure(similarity: Similarity) -> Figure:
         axis.set_ticks(range(0, len(names), step), names[::step])
     ax.set_xlabel("layers of B")
     ax.set_ylabel("layers of A")
+    return figure
+
+
+def symmetry_figure(symmetry: Symmetry) -> Figure:
+    """Draw the groups of a symmetry along its network; the figure is as large as its letters need."""
+    figure = Figure(figsize=drawing.figure_size(symmetry))
+    drawing.plot(symmetry, figure.add_axes((0, 0, 1, 1)))
     return figure
 
 

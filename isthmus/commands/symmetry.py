@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +20,9 @@ from .options import (
 from .outputs import check_file, emit
 
 if TYPE_CHECKING:
-    from isthmus.align import Pinned, Symmetry
+    from torch import nn
 
-_AXES_SHOWN = 3
+    from isthmus.align import Symmetry
 
 
 @click.command("symmetry")
@@ -33,6 +33,8 @@ _AXES_SHOWN = 3
 @click.option(
     "--verify/--no-verify", default=True, help="Measure that random permutations leave the outputs as they are."
 )
+@click.option("--all", "everything", is_flag=True, help="List every axis and every group; repetitions are folded else.")
+@click.option("--plot", type=ArgFile, help="Draw the groups along the network to this file, .png, .svg or .pdf.")
 @common_options
 def command(
     network: NetworkOptions,
@@ -40,12 +42,16 @@ def command(
     input_shape: tuple[int, ...] | None,
     save: Path | None,
     verify: bool,
+    everything: bool,
+    plot: Path | None,
     device: str,
     seed: int,
     as_json: bool,
 ) -> None:
     """List the units of a network that can be permuted together, and what must keep its order."""
     check_file(save)
+    check_file(plot, (".png", ".svg", ".pdf"))
+    from ..listing import symmetry_lines
     from .inputs import check_device, find_symmetry, make_network, open_data
 
     check_device(device)
@@ -54,45 +60,34 @@ def command(
     found = find_symmetry(model.eval(), source, input_shape, verify)
     if save is not None:
         found.save(save)
-    emit(as_json, _content(found, verify), _lines(found, verify))
+    if plot is not None:
+        from .. import figures
+
+        figures.save(figures.symmetry_figure(found), plot)
+    parameters = _parameters(model, found)
+    lines = symmetry_lines(found, parameters["share"], everything=everything)
+    emit(as_json, _content(found, parameters), [*lines, *([] if plot is None else [f"wrote {plot}"])])
 
 
-def _content(found: Symmetry, verified: bool) -> dict[str, Any]:
+def _parameters(model: nn.Module, found: Symmetry) -> dict[str, Any]:
+    """Count parameters, and those that belong to a tensor with an axis that can be permuted."""
+    permuted = {name for group in found.groups for name, _ in group.axes}
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    total, permutable = sum(sizes.values()), sum(size for name, size in sizes.items() if name in permuted)
+    return {"total": total, "permutable": permutable, "share": permutable / total if total else 0.0}
+
+
+def _content(found: Symmetry, parameters: dict[str, Any]) -> dict[str, Any]:
     from dataclasses import asdict
 
     return {
         "architecture": found.architecture,
-        "verified": verified,
+        "verified": found.is_verified,
+        "verification": None if found.verification is None else found.verification.to_json(),
         "groups": [asdict(group) for group in found.groups],
         "unruled": [asdict(item) for item in found.unruled],
         "pinned": [asdict(item) for item in found.pinned],
+        "order": found.order,
+        "log10_permutations": found.order / math.log(10),
+        "parameters": parameters,
     }
-
-
-def _lines(found: Symmetry, verified: bool) -> Iterator[str]:
-    from ..plain import table
-
-    if found.unruled:
-        yield "pinned for want of a rule; the true symmetry may be larger:"
-        yield from map(_held, found.unruled)
-        yield ""
-    units = sum(group.size for group in found.groups)
-    check = "verified" if verified else "not verified"
-    yield f"{found.architecture}: {len(found.groups)} groups, {units:,} units, {check}"
-    if found.groups:
-        yield ""
-        yield table(("group", "size", "kind", "axes"), [(g.name, g.size, g.kind, _axes(g.axes)) for g in found.groups])
-    others = [item for item in found.pinned if item not in found.unruled and item.kind == "operator"]
-    if others:
-        yield ""
-        yield "pinned by an operator:"
-        yield from map(_held, others)
-
-
-def _held(item: Pinned) -> str:
-    return f"  {item.name}[{item.axis}] ({item.size}): {item.operator}: {item.reason}"
-
-
-def _axes(axes: tuple[tuple[str, int], ...]) -> str:
-    shown = ", ".join(f"{name}[{axis}]" for name, axis in axes[:_AXES_SHOWN])
-    return shown + (f" and {len(axes) - _AXES_SHOWN} more" if len(axes) > _AXES_SHOWN else "")

@@ -331,7 +331,7 @@ CASES = {
     "attention": Case(
         Attention,
         lambda generator: torch.randn(3, 5, 6, generator=generator),
-        {"stem": (10, "free"), "q": (2, "blocks"), "q:2": (4, "within"), "v": (4, "within")},
+        {"stem": (10, "free"), "q": (2, "heads"), "q:2": (4, "within"), "v": (4, "within")},
         {"q:2": ("q",), "v": ("q",)},
     ),
     # 24 = 2 × 3 × 4: the first softmax is within a cell of 2 × 3, the second mixes the 3 of a row at equal places of 4,

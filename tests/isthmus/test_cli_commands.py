@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 
 import isthmus
-from isthmus.align import Matching, Symmetry
+from isthmus.align import Matching
 from isthmus.base.files import load_state_dict, save_state_dict
 from isthmus.cli import main
 from isthmus.merge import evaluate
@@ -101,39 +101,6 @@ def test_train_keeps_a_short_training_within_its_warm_up(tmp_path, capsys):
     captured = capsys.readouterr()
     assert "test accuracy" in captured.out
     assert set(load_state_dict(tmp_path / "r.pt")) == set(resnet(8, in_channels=1).state_dict())
-
-
-def test_symmetry_is_saved_and_listed(tmp_path, network, run_json, capsys):
-    found = run_json("symmetry", *network, "--data", "digits", "--save", tmp_path / "s.json")
-    assert [(group["name"], group["size"], group["kind"]) for group in found["groups"]] == [
-        ("fc1", 24, "free"),
-        ("fc2", 16, "free"),
-    ]
-    assert found["unruled"] == []
-    assert [group.size for group in Symmetry.load(tmp_path / "s.json").groups] == [24, 16]
-    assert main(["symmetry", "--model", "mlp", "--input-shape", "2,1,28,28", "--no-verify"]) == 0
-    said = capsys.readouterr().out
-    assert "3 groups, 1,536 units, not verified" in said
-    assert "fc1.weight[0], fc1.bias[0], fc2.weight[1]" in said
-
-
-def test_symmetry_says_first_what_has_no_rule(capsys, factories):
-    with (factories / "mine_for_cli.py").open("a") as file:
-        file.write(
-            """
-class Odd(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.one, self.two, self.three = nn.Linear(5, 6), nn.Linear(6, 7), nn.Linear(7, 2)
-    def forward(self, x):
-        return self.three(torch.relu(self.two(torch.renorm(self.one(x), 2, 0, 1.0))))
-"""
-        )
-    assert main(["symmetry", "--model", "mine_for_cli:Odd", "--input-shape", "3,5"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "pinned for want of a rule; the true symmetry may be larger:"
-    assert any(line.strip().startswith("one.weight[0] (6): renorm") for line in lines)
-    assert "Odd: 1 groups, 7 units, verified" in lines
 
 
 def test_match_by_weights_and_by_activations(tmp_path, pair, network, models, run_json, capsys):

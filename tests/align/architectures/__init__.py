@@ -1,0 +1,18 @@
+"""Small networks of every common architecture, each with its whole symmetry derived by hand.
+
+Loaded by path, since tests share no package: see `test_align_architectures.py`.
+"""
+
+from .attention import ATTENTION
+from .convolution import CONVOLUTION
+from .experts import EXPERTS
+from .gates import GATES
+from .language import LANGUAGE
+from .norms import NORMS
+from .recurrent import RECURRENT
+from .spec import Architecture, matched, multiset
+from .vision import VISION
+
+ARCHITECTURES = ATTENTION | LANGUAGE | VISION | CONVOLUTION | NORMS | GATES | RECURRENT | EXPERTS
+
+__all__ = ["ARCHITECTURES", "Architecture", "matched", "multiset"]
