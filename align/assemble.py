@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import nn
 
+from .depend import dependencies
 from .follow import Traced
 from .symmetry import Group, Pinned, Point, Symmetry
-from .terms import Fixed, Product, Sum, Term, Units, groups_of, leaves
-from .unify import Reason, Unknown, dependencies, normal
+from .terms import Arranged, Fixed, Product, Sum, Term, Units, groups_of, leaves
+from .unknown import Reason, Unknown, normal
 
 
 def assemble(model: nn.Module, traced: Traced) -> Symmetry:
@@ -64,6 +65,8 @@ def _resolve(term: Any, names: Mapping[Unknown, str]) -> Term:
     parts = tuple(_resolve(part, names) for part in term.parts)
     if all(isinstance(part, Fixed) for part in parts):
         return Fixed(term.size)
+    if isinstance(term, Arranged):
+        return Arranged(parts[0], term.order)
     return Product(parts) if isinstance(term, Product) else Sum(parts)
 
 

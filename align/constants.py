@@ -33,6 +33,12 @@ class Constants:
             return tensor
         return self._known.get(id(tensor), (None, None))[1]
 
+    def numbers(self, tensor: Tensor) -> Any:
+        """Give the values of a tensor as nested lists; None: they are not known."""
+        known = self.value(tensor)
+        with _disable_current_modes():
+            return None if known is None else known.tolist()
+
     def follow(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
         """Compute an operator on known values, if all that it takes is known."""
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]

@@ -71,6 +71,7 @@ def symmetry(
     Raises:
         SymmetryError: The model cannot be traced, an argument names what there is not, or the check fails.
 
+    >>> import torch
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
     >>> found = symmetry(net, torch.randn(2, 4, generator=torch.Generator().manual_seed(0)))
     >>> [(group.name, group.size, group.axes) for group in found.groups]

@@ -65,8 +65,11 @@ class _Sheet:
     def left(self, column: int) -> float:
         return _MARGIN + column * self.column
 
+    def right(self, column: int) -> float:
+        return self.left(column) + self.column - _GAP
+
     def x(self, column: int, lane: float) -> float:
-        return self.left(column) + self.name_width + (lane + 0.5) * self.lane_width - self.lane_width / 2 + _DOT / 2
+        return self.left(column) + self.name_width + lane * self.lane_width + _DOT / 2
 
     def y(self, at: float) -> float:
         return -self.top - _ROW * at
@@ -139,11 +142,10 @@ def _draw_rows(ax: Axes, sheet: _Sheet) -> None:
     for row, name in enumerate(sheet.names):
         column, at = sheet.place[row]
         left, y = sheet.left(column), sheet.y(at)
-        lanes_left, lanes_right = left + sheet.name_width - 0.05, left + sheet.column - _GAP
         here = block_of(sheet.chart.modules[row])
         shade, block = shade if here == block else not shade, here
         if shade:
-            corner, width = (left - 0.06, y - _ROW / 2), lanes_right - left + 0.12
+            corner, width = (left - 0.06, y - _ROW / 2), sheet.right(column) - left + 0.12
             ax.add_patch(Rectangle(corner, width, _ROW, facecolor="#f1f3f5", linewidth=0, zorder=0))
         ax.text(left, y, name, fontsize=_FONT, va="center_baseline", color="#2b2f36")
         xs = [sheet.at(row, group)[0] for group in held.get(row, [])]
@@ -152,10 +154,18 @@ def _draw_rows(ax: Axes, sheet: _Sheet) -> None:
             ax.plot([end, min(xs)], [y, y], color="#c9cdd2", linewidth=0.4, zorder=1)
             ax.plot([min(xs), max(xs)], [y, y], color="#8a8f98", linewidth=2.2, zorder=1.5, solid_capstyle="round")
         if row in sheet.chart.unruled:
-            corner, width = (lanes_left, y - 0.4 * _ROW), lanes_right - sheet.note_width - lanes_left
-            ax.add_patch(Rectangle(corner, width, 0.8 * _ROW, **_HATCHED, zorder=0.5))
-            note = ", ".join(sheet.chart.unruled[row])
-            ax.text(lanes_right, y, note, fontsize=_FONT, va="center_baseline", ha="right", color="#4a4f57")
+            _draw_unruled(ax, sheet, row)
+
+
+def _draw_unruled(ax: Axes, sheet: _Sheet, row: int) -> None:
+    from matplotlib.patches import Rectangle
+
+    column, at = sheet.place[row]
+    left, right, y = sheet.left(column) + sheet.name_width - 0.05, sheet.right(column), sheet.y(at)
+    corner, width = (left, y - 0.4 * _ROW), right - sheet.note_width - left
+    ax.add_patch(Rectangle(corner, width, 0.8 * _ROW, **_HATCHED, zorder=0.5))
+    note = ", ".join(sheet.chart.unruled[row])
+    ax.text(right, y, note, fontsize=_FONT, va="center_baseline", ha="right", color="#4a4f57")
 
 
 _HATCHED = {"facecolor": "none", "edgecolor": "#9aa0a8", "hatch": "//////", "linewidth": 0}

@@ -18,10 +18,11 @@ from torch.utils._pytree import tree_map_only
 from ..base.batches import Batch
 from ..base.errors import IsthmusError, SymmetryError
 from ..base.running import evaluating
+from .depend import admit
 from .outputs import Outputs, chosen
 from .plain import plain_forward, sharing_copy
 from .trace import Axes, Tracer
-from .unify import Reason, Unknown, admit, fixed, pin, unknowns
+from .unknown import Reason, Unknown, fixed, pin, unknowns
 
 
 @dataclass
@@ -71,17 +72,15 @@ def follow(
     fakes = _fake_state(model, fake, tracer)
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
-        stack.enter_context(_recording(model, tracer, recorded))
         stack.enter_context(plain_forward(model))
         stack.enter_context(torch.no_grad())
         for batch in examples:
             inputs = _fake_inputs(batch, fake, tracer)
-            with fake, tracer:
+            with _recording(model, tracer, recorded), fake, tracer:
                 output = _call(runner or _forward, model, fakes, inputs, tracer)
             results += chosen(output, outputs)
     for tensor in results:
-        for term in tracer.axes(tensor):
-            pin(term, _OUTPUT)
+        tracer.pin_tensor(tensor, _OUTPUT)
     used = tracer.used(results)
     for tensor in fakes.values():  # what stands idle, serves other outputs only, or is cut off and left
         for leaf in unknowns(tracer.axes(tensor)) - used:
@@ -103,6 +102,7 @@ def _fake_state(model: nn.Module, fake: FakeTensorMode, tracer: Tracer) -> dict[
         held = _held(tensor, id(tensor) in saved)
         axes = [fixed(n, held or _UNUSED) if held or n == 1 else Unknown(n) for n in tensor.shape]
         tracer.assign(converted[id(tensor)], axes)
+        tracer.weights.add(id(converted[id(tensor)]))
     return {name: converted[id(tensor)] for name, tensor in sources.items()}
 
 
@@ -143,22 +143,24 @@ def _call(runner: Runner, model: nn.Module, fakes: Mapping[str, Tensor], inputs:
     except Exception as error:
         place = f"module {tracer.place!r}" if tracer.place else "the model's forward"
         kind = type(error).__name__
-        if "DataDependent" in kind or "item()" in str(error):
-            why = "its course depends on the values of tensors (.item(), bool(tensor), nonzero)"
+        remedy = "Check that model(*example_inputs) runs"
+        if "DataDependent" in kind or "DynamicOutputShape" in kind or "item()" in str(error):
+            why = "its course depends on the values of tensors (.item(), bool(tensor), nonzero, a mask as index)"
+            remedy = "tracer='make_fx_real' follows the course that the example inputs take"
         else:
             why = f"{kind}: {str(error).splitlines()[0] if str(error) else ''}"
         if tracer.operator:
             why += f"; the last operator was {tracer.operator}"
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in inputs.tensors())
         raise SymmetryError(
-            f"{type(model).__name__} could not be traced on inputs of shape {shapes}: in {place}, {why}. "
-            "Check that model(*example_inputs) runs"
+            f"{type(model).__name__} could not be traced on inputs of shape {shapes}: in {place}, {why}. {remedy}"
         ) from error
 
 
 @contextmanager
 def _recording(model: nn.Module, tracer: Tracer, recorded: list[Recorded]) -> Iterator[None]:
     calls: dict[str, int] = {}
+    known = {(record.module, record.call, record.side) for record in recorded}  # from other examples
     handles = []
 
     def before(name: str) -> Callable[..., None]:
@@ -178,7 +180,7 @@ def _recording(model: nn.Module, tracer: Tracer, recorded: list[Recorded]) -> It
 
     def note(name: str, side: str, values: Sequence[Any]) -> None:
         tensor = next((value for value in values if isinstance(value, Tensor)), None)
-        if tensor is not None:
+        if tensor is not None and (name, calls[name], side) not in known:
             recorded.append(Recorded(name, calls[name], side, tracer.axes(tensor)))
 
     for name, module in model.named_modules():

@@ -21,7 +21,7 @@ from torch.utils._pytree import TreeSpec, tree_leaves, tree_map, tree_unflatten
 from ..base.batches import Batch
 from ..base.errors import SymmetryError
 from .trace import Tracer
-from .unify import Reason, fixed, pin
+from .unknown import Reason, fixed, pin
 
 # Higher-order operators that run a body as it stands, by the place of the body among their arguments.
 _BODIES = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4, "tag_activation_checkpoint": 0}

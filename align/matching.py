@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -116,6 +117,7 @@ def match(
     example_inputs: Any = None,
     restarts: int = 2,
     progress: bool | None = None,
+    verify: bool = True,
 ) -> Matching:
     """Find the permutation that brings a network's units into the order of another's.
 
@@ -124,18 +126,19 @@ def match(
         model_b: The network to be permuted; of the same architecture. Neither is changed.
         data: Batches. Needed for method "activations" and read once; for "weights" the first batch serves as example.
         method: "weights" (Ainsworth et al. 2023, algorithm 1) or "activations" (correlation on `data`).
-        symmetry: Of both networks; None derives and verifies it.
+        symmetry: Of both networks; None derives it. One that was not verified yet is, on the inputs at hand.
         seed: Of visiting order and random starts; same seed, same result.
         device: Where to compute; None: where the models are.
-        example_inputs: For deriving the symmetry, where there is no data.
+        example_inputs: For deriving and verifying the symmetry, where there is no data.
         restarts: Restarts of weight matching; the best is returned.
         progress: Show bars; None: on a terminal.
+        verify: Refuse a symmetry of which it has not been measured that it holds; False takes it on trust.
 
     Raises:
         ArchitectureError: The networks differ, with the parameters and both shapes.
         NotFiniteError: A parameter or an activation holds NaN or infinity.
         DataError: Data or example inputs are needed and missing, or the method is unknown.
-        SymmetryError: The symmetry cannot be derived or verified.
+        SymmetryError: The symmetry cannot be derived, or fails when it is verified; the groups are named.
 
     >>> make = lambda: nn.Sequential(nn.Linear(5, 16), nn.ReLU(), nn.Linear(16, 2))
     >>> x = torch.randn(8, 5, generator=torch.Generator().manual_seed(0))
@@ -155,10 +158,7 @@ def match(
         buffers = {key: buffer for key, buffer in model.named_buffers() if buffer.isnan().any()}
         check_finite({**dict(model.named_parameters()), **buffers}, name)
     first, stream = _first_batch(data)
-    if symmetry is None:
-        symmetry = derive(model_a, _example(example_inputs, first))
-    else:
-        symmetry.check_fits(model_a, "model a")
+    symmetry = _symmetry(symmetry, model_a, example_inputs, first, verify)
     parameters = [_parameters(model, device) for model in (model_a, model_b)]
     if method == "weights":
         found = weight_matching(symmetry, *parameters, restarts=restarts, seed=seed, progress=progress)
@@ -203,12 +203,26 @@ def _first_batch(data: Data | None) -> tuple[Batch | None, Iterable[Batch]]:
     return first, itertools.chain([first], stream)
 
 
-def _example(example_inputs: Any, first: Batch | None) -> Batch:
-    if example_inputs is not None:
-        return as_example(example_inputs)
-    if first is None:
+def _symmetry(
+    given: Symmetry | None, model: nn.Module, example_inputs: Any, first: Batch | None, verify: bool
+) -> Symmetry:
+    inputs = first if example_inputs is None else example_inputs
+    if given is None and inputs is None:
         raise DataError("deriving the symmetry needs inputs: pass data, example_inputs, or a symmetry made before")
-    return as_example(first)
+    if given is not None:
+        given.check_fits(model, "model a")
+        if given.is_verified or not verify:
+            return given
+        if inputs is None:
+            warnings.warn(
+                "the symmetry was never verified, and without inputs it is taken on trust: pass data or example_inputs "
+                "to verify it, or verify=False",
+                stacklevel=3,
+            )
+            return given
+    example = as_example(inputs)
+    claim = derive(model, example, verify=False) if given is None else given
+    return claim.verified(model, example) if verify else claim
 
 
 def _parameters(model: nn.Module, device: torch.device | str | None) -> dict[str, Tensor]:

@@ -10,6 +10,20 @@ from torch.utils._pytree import tree_leaves
 
 from ..base.errors import SymmetryError, nearest
 
+# Parts of the names under which networks hand out what they computed on the way.
+_BY_PRODUCTS = (
+    "hidden",
+    "state",
+    "attention",
+    "past_key_values",
+    "model_output",
+    "embeds",
+    "mems",
+    "cache",
+    "router",
+    "pooler",
+)
+
 Outputs = str | int | Sequence[str | int] | None
 
 
@@ -18,9 +32,9 @@ def chosen(output: Any, outputs: Outputs = None) -> list[Tensor]:
 
     Args:
         output: What the network returned: a tensor, or tensors in tuples, lists and mappings.
-        outputs: Keys of a mapping, or places in a tuple or list. None takes everything; but of a mapping that has
-            logits or a loss only those, because the hidden states that language models hand out beside their logits
-            are by-products, whose order is free.
+        outputs: Keys of a mapping, or places in a tuple or list. None takes everything; but of a mapping with logits
+            or a loss it leaves out hidden states, attention maps, caches and embeddings, which networks hand out beside
+            their results and whose order is free.
 
     Raises:
         SymmetryError: There is no such output; those that there are are named.
@@ -32,14 +46,15 @@ def chosen(output: Any, outputs: Outputs = None) -> list[Tensor]:
     1
     """
     if outputs is None:
-        kept = [key for key in output if _is_result(key)] if isinstance(output, Mapping) else []
-        return _tensors({key: output[key] for key in kept} if kept else output)
+        return _tensors(_results(output) if isinstance(output, Mapping) else output)
     wanted = [outputs] if isinstance(outputs, (str, int)) else list(outputs)
     return [tensor for key in wanted for tensor in _tensors(_entry(output, key))]
 
 
-def _is_result(key: Any) -> bool:
-    return isinstance(key, str) and (key == "loss" or "logits" in key)
+def _results(output: Mapping[Any, Any]) -> dict[Any, Any]:
+    found = {key: value for key, value in output.items() if not any(word in str(key) for word in _BY_PRODUCTS)}
+    named = any(str(key) == "loss" or "logits" in str(key) for key in found)
+    return found if named else dict(output)
 
 
 def _entry(output: Any, key: str | int) -> Any:

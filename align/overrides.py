@@ -106,8 +106,8 @@ def _without(symmetry: Symmetry, held: set[str]) -> Symmetry:
 
 
 def _kind(group: Group, within: Sequence[str], outer: set[str]) -> str:
-    if group.kind not in ("free", "blocks", "within"):
-        return group.kind
+    if group.kind not in ("blocks", "within"):
+        return group.kind  # heads stay heads
     return "within" if within else "blocks" if group.name in outer else "free"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from ..base.architecture import full_state
 from ..base.errors import ArchitectureError, CheckpointError, nearest
 from ..base.files import PathLike, save_state_dict
+from ..base.running import copied
 from .symmetry import Group, Symmetry
 from .terms import Fixed, groups_of, pieces, take
 
@@ -83,7 +83,7 @@ class Permutation:
         """
         if isinstance(target, nn.Module):
             permuted = self._apply_to_state(full_state(target), whole=True)
-            model = copy.deepcopy(target)
+            model = copied(target)
             with torch.no_grad():
                 for name, tensor in full_state(model).items():
                     tensor.copy_(permuted[name])

@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..base.architecture import full_state
 from ..base.batches import Batch, model_device
 from ..base.errors import IsthmusError, SymmetryError
 from .outputs import Outputs, chosen
-from .plain import _caches, _forget, plain_forward, sharing_copy
+from .plain import caches_beside, forget, plain_forward, sharing_copy
 from .precise import Precise, raised
 
 State = Mapping[str, Tensor]
@@ -82,6 +83,25 @@ class Probe:
                     scale = max(scale, relative * (tensor.shape[0] / tensor.numel()) ** 0.5)
                 tensor.add_(noise * scale)
 
+    def calibrate(self, batch: Batch, temper: float = 1.0) -> None:
+        """Set the statistics of batch norms to those of a batch, in place, so that activations keep their size.
+
+        Args:
+            batch: Inputs.
+            temper: By how much variances are put too high, so that a network that amplifies all differences does so
+                less.
+        """
+        model = sharing_copy(self._model)
+        norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.running_var is not None]
+        for norm in norms:
+            norm.training, norm.momentum = True, 1.0
+        if norms:
+            with torch.no_grad(), suppress(Exception):  # one number per channel has no variance
+                self._call(self.state, batch, model)
+                for norm in norms:
+                    if norm.running_var is not None:
+                        norm.running_var.mul_(temper)
+
     def run(self, state: State, batch: Batch) -> list[Tensor]:
         """Run on some values of the parameters and list the chosen outputs.
 
@@ -104,12 +124,13 @@ class Probe:
             score: Makes one number of the outputs.
 
         Returns:
-            The gradient of the score by name, of those parameters and buffers that it reaches; none where the network
-            cannot be differentiated.
+            The gradient of the score by name, of those parameters that it reaches; none where the network cannot be
+            differentiated.
         """
-        numbers = [name for name, tensor in self.state.items() if tensor.is_floating_point() or tensor.is_complex()]
+        parameters = self._model.named_parameters(remove_duplicate=False)
+        numbers = [name for name, tensor in parameters if tensor.is_floating_point() or tensor.is_complex()]
         leaves = {name: tensor.detach() for name, tensor in self._own(self.state).items()}
-        with torch.enable_grad(), self._surroundings():
+        with torch.enable_grad(), Precise():
             for name in numbers:
                 leaves[name].requires_grad_(True)
             try:
@@ -142,10 +163,11 @@ class Probe:
                     f"{type(error).__name__}: {said}. Pass verify=False to go without"
                 ) from error
 
-    def _call(self, state: State, batch: Batch) -> list[Tensor]:
-        model = sharing_copy(self._model)
+    def _call(self, state: State, batch: Batch, model: nn.Module | None = None) -> list[Tensor]:
+        model = sharing_copy(self._model) if model is None else model
         args, kwargs = tree_map_only(Tensor, torch.clone, (batch.args, dict(batch.kwargs)))
-        with self._surroundings(), _forgetting(model), plain_forward(model) if self.plain else nullcontext():
+        plain = plain_forward(model) if self.plain else nullcontext()
+        with Precise(), double_by_default(), forgetting(model), plain:
             # each name has its own value: a claim may permute the two names of a tied tensor differently
             output = torch.func.functional_call(model, dict(state), args, kwargs, tie_weights=False)
             found = chosen(output, self.outputs)
@@ -156,24 +178,27 @@ class Probe:
             )
         return found
 
-    @contextmanager
-    def _surroundings(self) -> Iterator[None]:
-        cuda = [self.device] if self.device.type == "cuda" else []
-        with ExitStack() as stack:
-            stack.enter_context(torch.random.fork_rng(cuda))
-            stack.enter_context(Precise())
-            yield
-
 
 @contextmanager
-def _forgetting(model: nn.Module) -> Iterator[None]:
-    """Let no function keep a tensor of float64 for the network's next run, nor one from its last."""
-    caches = list(_caches(model))
-    _forget(caches)
+def double_by_default() -> Iterator[None]:
+    """Make float64 of numbers that a network turns into tensors: the least of float64 is none of float32."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
     try:
         yield
     finally:
-        _forget(caches)
+        torch.set_default_dtype(before)
+
+
+@contextmanager
+def forgetting(model: nn.Module) -> Iterator[None]:
+    """Let no function keep a tensor of float64 for the network's next run, nor one from its last."""
+    caches = list(caches_beside(model))
+    forget(caches)
+    try:
+        yield
+    finally:
+        forget(caches)
 
 
 def check_has_data(model: nn.Module) -> None:
@@ -186,7 +211,7 @@ def check_has_data(model: nn.Module) -> None:
         if tensor.is_meta or isinstance(tensor, FakeTensor):
             raise SymmetryError(
                 f"the symmetry cannot be verified: the model is on the meta device, and {name} of shape "
-                f"{tuple(tensor.shape)} holds no numbers to compute with. Pass verify=False, or a model that has weights"
+                f"{tuple(tensor.shape)} holds no numbers. Pass verify=False, or a model that has weights"
             )
 
 

@@ -6,10 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
+from .depend import admit
 from .rules_compute import equate_last
 from .terms import ONE
 from .trace import Axes, Call, rule
-from .unify import admit, cut, equate, factor
+from .unify import cut, equate, factor
 
 
 @rule(

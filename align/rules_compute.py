@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
-from .splits import settled, uniform
+from .deferred import settled, uniform
+from .depend import admit, mix
 from .terms import ONE, product
 from .trace import Axes, Call, rule
-from .unify import admit, blocks, equate, factor, mix
+from .unify import blocks, equate, factor
+from .unknown import Unknown
 
 UNARY = """
 relu gelu silu sigmoid tanh exp expm1 log log1p log2 sqrt rsqrt neg abs square reciprocal sign floor ceil round erf sin
@@ -26,8 +29,6 @@ logical_and logical_or logical_xor bitwise_and bitwise_or remainder fmod atan2 h
 copysign
 """
 
-REDUCTIONS = "sum mean amax amin prod var std logsumexp linalg_vector_norm norm any all var_mean"
-
 POOLS = """
 max_pool1d max_pool2d max_pool3d max_pool2d_with_indices max_pool3d_with_indices mkldnn_max_pool2d avg_pool1d
 avg_pool2d avg_pool3d adaptive_max_pool2d adaptive_max_pool3d adaptive_avg_pool2d adaptive_avg_pool3d
@@ -43,7 +44,7 @@ reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d
 
 
 def broadcast(call: Call, tensors: Sequence[Tensor]) -> Axes:
-    """Equate the axes of tensors that are broadcast against each other; an axis of size one, or of copies, stretches."""
+    """Equate the axes of tensors that are broadcast against each other; one of size one, or of copies, stretches."""
     ndim = max(tensor.ndim for tensor in tensors)
     axes: Axes = [ONE] * ndim
     for tensor in tensors:
@@ -53,12 +54,18 @@ def broadcast(call: Call, tensors: Sequence[Tensor]) -> Axes:
             if axes[dim] is ONE or uniform(axes[dim]):
                 axes[dim] = axis
             elif axes[dim] != axis:
-                axes[dim], term = settled([axes[dim], axis])
-                equate(axes[dim], term, call.reason)
+                mine, term = settled([axes[dim], axis])
+                equate(mine, term, call.reason)
+                axes[dim] = telling(mine, term)
     return axes
 
 
-@rule(*UNARY.split(), *POINTWISE.split())
+def telling(a: Any, b: Any) -> Any:
+    """Of two axes that are alike give the one that tells more: which units its positions stand for."""
+    return b if isinstance(b, Unknown) and b.picks is not None else a
+
+
+@rule(*UNARY.split(), *POINTWISE.split(), along=True)
 def pointwise(call: Call) -> Axes | tuple[Axes, ...]:
     """Compute each entry from the entries at the same place."""
     axes = broadcast(call, [value for value in call.arguments.values() if isinstance(value, Tensor)])
@@ -66,20 +73,9 @@ def pointwise(call: Call) -> Axes | tuple[Axes, ...]:
 
 
 @rule(
-    "sum",
-    "mean",
-    "amax",
-    "amin",
-    "prod",
-    "var",
-    "std",
-    "logsumexp",
-    "linalg_vector_norm",
-    "norm",
-    "any",
-    "all",
+    "sum", "mean", "amax", "amin", "prod", "var", "std", "logsumexp", "linalg_vector_norm", "norm", "any", "all",
     "var_mean",
-)
+)  # fmt: skip
 def reduce(call: Call) -> Axes | tuple[Axes, ...]:
     """Combine the entries along some axes, in any order."""
     tensor: Tensor = call["self"]
@@ -101,7 +97,7 @@ def softmax(call: Call) -> Axes:
     return axes
 
 
-@rule("mm", "bmm", "mv", "dot", "matmul")
+@rule("mm", "bmm", "mv", "dot", "vdot", "matmul")
 def matmul(call: Call) -> Axes:
     """Contract the last axis of the first with the last but one of the second."""
     other = call["mat2"] if call["mat2"] is not None else call["vec"]
@@ -120,8 +116,9 @@ def _contract(call: Call, left: Tensor, right: Tensor) -> Axes:
         sizes = left.shape[-2 - index], right.shape[-2 - index]
         if 1 not in sizes:
             equate(batch_a[-index], batch_b[-index], call.reason)
+            batch_a[-index] = telling(batch_a[-index], batch_b[-index])
             shared.append(batch_a[-index])
-            if not any(uniform(call.raw(tensor)[-2 - index]) for tensor in (left, right)):
+            if not any(uniform(call.raw(t)[-2 - index]) or call.is_weight(t) for t in (left, right)):
                 call.tracer.heads.append(batch_a[-index])
         elif sizes[0] == 1:
             batch_a[-index] = batch_b[-index]
@@ -129,6 +126,25 @@ def _contract(call: Call, left: Tensor, right: Tensor) -> Axes:
     # every row meets every column, so that what is summed over has one order for all of them, and they for it
     admit([[*shared, a[-1]], [*batch, *rows], [*batch, *columns]])
     return [*batch, *rows, *columns]
+
+
+@rule("_trilinear")
+def trilinear(call: Call) -> Axes:
+    """Multiply three tensors at equal places and sum along some axes, as `nn.Bilinear` does."""
+    ndim = call["i1"].ndim + len(call["expand1"])
+    axes: Axes = [ONE] * ndim
+    for name in ("1", "2", "3"):
+        stretched = {dim % ndim for dim in call[f"expand{name}"]}
+        own = iter(call.axes(call[f"i{name}"]))
+        for dim in range(ndim):
+            term = ONE if dim in stretched else next(own)
+            if term.size != 1 and axes[dim].size != 1:
+                equate(axes[dim], term, call.reason)
+            elif term.size != 1:
+                axes[dim] = term
+    mix(axes, call["sumdim"])
+    summed = {dim % ndim for dim in call["sumdim"]}
+    return [term for dim, term in enumerate(axes) if dim not in summed]
 
 
 @rule("addmm", "baddbmm", "addmv")
@@ -201,6 +217,7 @@ def _grouped(call: Call, channels: object, w: Axes, groups: int) -> object:
 @rule(
     "native_batch_norm", "_native_batch_norm_legit_no_training", "_native_batch_norm_legit", "cudnn_batch_norm",
     "miopen_batch_norm", "batch_norm", "_batch_norm_impl_index", "_batch_norm_no_update", "_batch_norm_with_update",
+    along=True,
 )  # fmt: skip
 def batch_norm(call: Call) -> Axes:
     """Normalise each channel by its own statistics, running or of the batch."""
@@ -251,7 +268,7 @@ def group_norm(call: Call) -> Axes:
     return axes
 
 
-@rule(*POOLS.split(), *RESIZES.split())
+@rule(*POOLS.split(), *RESIZES.split(), along=True)
 def window(call: Call) -> Axes | tuple[Axes, ...]:
     """Combine neighbouring positions of each channel; positions stay where they are."""
     tensor: Tensor = call["self"] if call["self"] is not None else call["input"]

@@ -6,16 +6,20 @@ an axis with the same units, or comparing them with `arange`, leaves these units
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .deferred import settled
+from .depend import mix
 from .rules_compute import broadcast, reduce
-from .rules_shape import constant_axes
-from .terms import product
+from .rules_shape import constant_axes, rearranged
+from .terms import leaves, product
 from .trace import Axes, Call, NoRuleError, rule
-from .unify import Unknown, equate, mix
+from .unify import equate
+from .unknown import Unknown, normal
 
 
 def pick(call: Call, term: Any, index: Tensor) -> None:
@@ -28,6 +32,32 @@ def pick(call: Call, term: Any, index: Tensor) -> None:
     else:
         call.pin(term)
         call.pin(positions)
+
+
+def places_of(call: Call, indices: Sequence[Tensor]) -> Axes:
+    """Describe the axes of index tensors; where they are positions, each place stands for what it picks."""
+    places = broadcast(call, indices)
+    positions = [call.positions(index) for index in indices]
+    if len(positions) != 1 or positions[0] is None:
+        return places
+    marked = [term if term.size == 1 else call.fixed(term.size) for term in settled(places)]
+    ours = frozenset(term for term in marked if isinstance(term, Unknown))
+    for term in ours:
+        term.picks = (ours, positions[0])
+    return marked if all(_held(term) for term in settled(places)) else places
+
+
+def _held(term: Any) -> bool:
+    return all(leaf.pinned for leaf in leaves(normal(term)))
+
+
+def _known_order(call: Call, index: Tensor, term: Any) -> Any:
+    """Give the axis that picking every position once makes, where the positions are known; None: they are not."""
+    known = call.tracer.constants.numbers(index)
+    if known is None or index.ndim != 1 or call.positions(index) is not None or len(index) != term.size:
+        return None
+    order = [int(position) % term.size for position in known]
+    return rearranged(term, order) if len(set(order)) == len(order) else None
 
 
 def ranked(call: Call, dim: int) -> tuple[Axes, Axes]:
@@ -118,7 +148,7 @@ def embedding(call: Call) -> Axes:
     """Look rows up: their number is what the indices mean, their entries are free."""
     weight = call.axes(call["weight"])
     pick(call, weight[0], call["indices"])
-    return [*call.axes(call["indices"]), weight[1]]
+    return [*places_of(call, [call["indices"]]), weight[1]]
 
 
 @rule("index_select", entries="used")
@@ -126,9 +156,11 @@ def index_select(call: Call) -> Axes:
     """Pick positions of an axis by index."""
     axes = call.axes(call["self"])
     dim = call["dim"] % max(len(axes), 1)
-    pick(call, axes[dim], call["index"])
     _hand_on(call)
-    return [*axes[:dim], *(call.axes(call["index"]) or [call.fixed(1)]), *axes[dim + 1 :]]
+    if axes and (moved := _known_order(call, call["index"], axes[dim])) is not None:
+        return [*axes[:dim], moved, *axes[dim + 1 :]]
+    pick(call, axes[dim], call["index"])
+    return [*axes[:dim], *(places_of(call, [call["index"]]) or [call.fixed(1)]), *axes[dim + 1 :]]
 
 
 def _hand_on(call: Call) -> None:
@@ -144,7 +176,10 @@ def index(call: Call) -> Axes:
     axes = call.axes(call["self"])
     picked = _picked(call, axes)
     indices = [call["indices"][dim] for dim in picked]
-    places = broadcast(call, indices)
+    if len(picked) == 1 and (moved := _known_order(call, indices[0], axes[picked[0]])) is not None:
+        _hand_on(call)
+        return [*axes[: picked[0]], moved, *axes[picked[0] + 1 :]]
+    places = places_of(call, indices)
     for dim in picked:
         pick(call, axes[dim], call["indices"][dim])
     _hand_on(call)

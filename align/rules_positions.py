@@ -7,10 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
+from .depend import admit, mix
 from .rules_compute import broadcast
 from .terms import ONE, product
 from .trace import Axes, Call, NoRuleError, rule
-from .unify import Unknown, admit, cut, equate, factor, mix
+from .unify import cut, equate, factor
+from .unknown import Unknown
 
 
 def _held(call: Call, axes: Axes, dims: Sequence[int]) -> None:

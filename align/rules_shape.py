@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
-from .splits import copies, divide, rejoined, settled, split_axis, uniform
-from .terms import ONE, concatenation, product
+from .deferred import Padded, Stack, copies, divide, rejoined, settled, shuffled, split_axis, uniform
+from .terms import ONE, arranged, concatenation, leaves, product
 from .trace import Axes, Call, NoRuleError, rule
-from .unify import Unknown, equate
+from .unify import equate
+from .unknown import normal
 
 
 def constant_axes(shape: Sequence[int]) -> Axes:
@@ -82,7 +84,9 @@ def view(call: Call) -> Axes:
 def _split(run: Axes, sizes: list[int], call: Call) -> Axes:
     if run and all(map(uniform, run)):
         return [copies(size) for size in sizes]
-    whole = run[0] if len(run) == 1 else product(settled(run))
+    whole = run[0] if len(run) == 1 else shuffled(run) if run else ONE
+    if whole is None:
+        whole = product(settled(run))
     if sum(size != 1 for size in sizes) <= 1:
         return [ONE if size == 1 else whole for size in sizes]
     return split_axis(settled([whole])[0], sizes, call.reason)
@@ -117,14 +121,10 @@ def unsqueeze(call: Call) -> Axes:
 @rule("squeeze", entries="kept")
 def squeeze(call: Call) -> Axes:
     """Drop axes of size one."""
-    tensor: Tensor = call["self"]
-    dims = range(tensor.ndim) if call["dim"] is None else call["dim"]
-    dropped = {dim % max(tensor.ndim, 1) for dim in ([dims] if isinstance(dims, int) else dims)}
-    return [
-        axis
-        for dim, (axis, size) in enumerate(zip(call.raw(tensor), tensor.shape, strict=True))
-        if not (dim in dropped and size == 1)
-    ]
+    axes = call.raw(call["self"])  # in place the tensor has its new shape by now
+    dims = range(len(axes)) if call["dim"] is None else call["dim"]
+    dropped = {dim % max(len(axes), 1) for dim in ([dims] if isinstance(dims, int) else dims)}
+    return [axis for dim, axis in enumerate(axes) if not (dim in dropped and axis.size == 1)]
 
 
 @rule("expand", "expand_copy", entries="kept")
@@ -153,7 +153,7 @@ def repeat(call: Call) -> Axes:
     return [*blocks[:new], *joined]
 
 
-@rule("cat", "concat")
+@rule("cat", "concat", along=True)
 def cat(call: Call) -> Axes:
     """Concatenate along one axis; the others agree."""
     tensors = [tensor for tensor in call["tensors"] if tensor.shape != (0,)]
@@ -167,16 +167,12 @@ def cat(call: Call) -> Axes:
     return axes
 
 
-@rule("stack")
+@rule("stack", along=True)
 def stack(call: Call) -> Axes:
     """Join along a new axis, which keeps its order."""
     tensors = call["tensors"]
-    axes = list(call.axes(tensors[0]))
-    for tensor in tensors[1:]:
-        for mine, other in zip(axes, call.axes(tensor), strict=True):
-            equate(mine, other, call.reason)
-    axes.insert((call["dim"] or 0) % (len(axes) + 1), call.fixed(len(tensors)))
-    return axes
+    found = Stack([call.raw(tensor) for tensor in tensors], call.reason, call.position)
+    return found.axes((call["dim"] or 0) % (tensors[0].ndim + 1))
 
 
 @rule(
@@ -231,32 +227,45 @@ def select(call: Call) -> Axes:
     return kept[:dim] + kept[dim + 1 :]
 
 
-@rule("flip", "roll")
+@rule("flip", "roll", entries="kept")
 def reorder(call: Call) -> Axes:
-    """Reverse or rotate axes, which therefore keep their order."""
+    """Reverse or rotate axes."""
     axes = call.axes(call["self"])
-    for dim in call["dims"] or range(len(axes)):
-        call.pin(axes[dim])
+    dims = [dim % len(axes) for dim in call["dims"]] if call["dims"] else range(len(axes))
+    if not call["dims"] and len(axes) > 1 and call.operator.startswith("roll"):
+        raise NoRuleError  # the flattened tensor is rotated
+    for at, dim in enumerate(dims):
+        order = list(range(axes[dim].size))
+        if call.operator.startswith("flip"):
+            order.reverse()
+        else:
+            shift = call["shifts"][at] % len(order)
+            order = order[len(order) - shift :] + order[: len(order) - shift]
+        axes[dim] = rearranged(axes[dim], order)
     return axes
 
 
-@rule("constant_pad_nd")
+def rearranged(term: Any, order: Sequence[int]) -> Any:
+    """Put an axis in another order, which is the same axis where its positions stay anyway."""
+    return term if all(leaf.pinned for leaf in leaves(normal(term))) else arranged(normal(term), order)
+
+
+@rule("constant_pad_nd", along=True)
 def constant_pad(call: Call) -> Axes:
     """Put a constant before and after axes; the padding may be permuted within itself."""
-    axes = list(call.axes(call["self"]))
+    axes = call.raw(call["self"])
     padding = list(call["pad"])
     for back, (before, after) in enumerate(zip(padding[::2], padding[1::2], strict=True)):
         dim = len(axes) - 1 - back
         if before < 0 or after < 0:
-            call.pin(axes[dim])
+            call.pin(settled(axes)[dim])
             axes[dim] = call.fixed(call.result.shape[dim])
         elif before or after:
-            ends = [Unknown(n) if n > 1 else (ONE if n else concatenation(())) for n in (before, after)]
-            axes[dim] = concatenation([ends[0], axes[dim], ends[1]])
+            axes[dim] = Padded(before, settled(axes)[dim], after)
     return axes
 
 
-@rule("copy")
+@rule("copy", along=True)
 def copy(call: Call) -> Axes:
     """Overwrite a tensor by another, broadcast to its shape."""
     target, source = call.axes(call["self"]), call.axes(call["src"])

@@ -20,9 +20,10 @@ from .terms import Term, from_json, to_json
 
 if TYPE_CHECKING:
     import networkx as nx
+    from matplotlib.axes import Axes
 
     from .permutation import Permutation
-    from .verify import Verification
+    from .verification import Verification
 
 FORMAT = "isthmus symmetry 1"
 
@@ -34,8 +35,9 @@ class Group:
     Attributes:
         name: The module whose output they are, where there is one.
         size: Number of units.
-        kind: "free"; "blocks" (each unit is a block of the units of other groups, and moves as a whole); "within" (one
-            permutation for each block of the groups named in `within`).
+        kind: "free"; "heads" (attention heads, which move as wholes); "blocks" (each unit is a block of the units of
+            other groups, and moves as a whole); "within" (one permutation for each block of the groups named in
+            `within`). Heads of queries that share keys have both: they lie within the heads of keys.
         axes: Where the units occur: (parameter or buffer, axis).
         within: Names of the groups on whose position this group's permutation depends, outermost first.
     """
@@ -56,7 +58,7 @@ class Pinned:
         axis: Which of its axes.
         size: How many positions are held.
         kind: "input", "output", "position" (kernel offsets, tokens, pixels), "operator" (no rule, or a rule that
-            found no structure), "unused".
+            found no structure), "unused", "held" (by request).
         operator: The operator that demands it.
         reason: The same in words.
     """
@@ -158,6 +160,12 @@ class Symmetry:
         copies = {g.name: math.prod(self.by_name[outer].size for outer in g.within) for g in self.groups}
         return math.fsum(copies[g.name] * math.lgamma(g.size + 1) for g in self.groups)
 
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw groups as lanes beside the modules that hold them; see `align.drawing.plot`."""
+        from .drawing import plot
+
+        return plot(self, ax)
+
     def random(self, generator: torch.Generator | None = None) -> Permutation:
         """Draw a permutation uniformly from the whole symmetry.
 
@@ -242,7 +250,7 @@ class Symmetry:
         Raises:
             SymmetryError: It is something else.
         """
-        from .verify import Verification
+        from .verification import Verification
 
         if not isinstance(value, dict) or value.get("format") != FORMAT:
             raise SymmetryError(f"not a saved symmetry (expected the format {FORMAT!r})")

@@ -1,8 +1,9 @@
 """Terms: how an axis of a tensor is made of units that may be permuted.
 
 An axis is described by a term. A leaf is a set of units; `Product(a, b)` is the axis of every pair (a major,
-b minor: what flattening makes); `Sum(a, b)` is a followed by b (what concatenation makes). The same leaf may occur
-in many axes and more than once in one: then one permutation acts on all of them.
+b minor: what flattening makes); `Sum(a, b)` is a followed by b (what concatenation makes); `Arranged(a, order)` has the
+positions of a in a fixed order (what shuffling makes). The same leaf may occur in many axes and more than once in one:
+then one permutation acts on all of them.
 """
 
 from __future__ import annotations
@@ -56,7 +57,25 @@ class Sum:
         return sum(part.size for part in self.parts)
 
 
-Term = Units | Fixed | Product | Sum
+@dataclass(frozen=True)
+class Arranged:
+    """The positions of a part in another order: position p holds position `order[p]` of the part."""
+
+    part: Any
+    order: tuple[int, ...]
+
+    @property
+    def parts(self) -> tuple[Any]:
+        """The part, in a tuple."""
+        return (self.part,)
+
+    @property
+    def size(self) -> int:
+        """Length of the axis."""
+        return len(self.order)
+
+
+Term = Units | Fixed | Product | Sum | Arranged
 
 ONE = Product(())
 
@@ -77,6 +96,32 @@ def concatenation(parts: Iterable[Any]) -> Any:
     return flat[0] if len(flat) == 1 else Sum(tuple(flat))
 
 
+def arranged(part: Any, order: Sequence[int]) -> Any:
+    """Reorder positions: nothing is left of an order that changes nothing or moves whole segments only.
+
+    >>> arranged(Sum((Units("a", 2), Units("b", 2))), (2, 3, 0, 1))
+    Sum(parts=(Units(group='b', size=2), Units(group='a', size=2)))
+    >>> arranged(Sum((Units("a", 2), Units("b", 2))), (0, 2, 1, 3)).order
+    (0, 2, 1, 3)
+    """
+    if isinstance(part, Arranged):
+        part, order = part.part, tuple(part.order[position] for position in order)
+    if all(position == at for at, position in enumerate(order)):
+        return part
+    if isinstance(part, Sum):
+        starts = list(itertools.accumulate((p.size for p in part.parts), initial=0))
+        segments = dict(zip(starts, part.parts, strict=False))
+        moved, at = [], 0
+        while at < len(order) and (found := segments.get(order[at])) is not None:
+            if tuple(order[at : at + found.size]) != tuple(range(order[at], order[at] + found.size)):
+                break
+            moved.append(found)
+            at += found.size
+        if at == len(order):
+            return concatenation(moved)
+    return Arranged(part, tuple(order))
+
+
 def _flat(kind: type, parts: Iterable[Any], dropped: int) -> Iterator[Any]:
     for part in parts:
         if isinstance(part, kind):
@@ -87,7 +132,7 @@ def _flat(kind: type, parts: Iterable[Any], dropped: int) -> Iterator[Any]:
 
 def leaves(term: Any) -> Iterator[Any]:
     """Iterate over the leaves of a term, in order."""
-    if isinstance(term, (Product, Sum)):
+    if isinstance(term, (Product, Sum, Arranged)):
         for part in term.parts:
             yield from leaves(part)
     else:
@@ -100,7 +145,7 @@ def groups_of(terms: Iterable[Term]) -> set[str]:
 
 
 def to_json(term: Term) -> Any:
-    """Write a term as JSON values: a size, `[group, size]`, `["*", …]` or `["+", …]`."""
+    """Write a term as JSON values: a size, `{"group", "size"}`, `["*", …]`, `["+", …]` or `["@", part, order]`."""
     match term:
         case Fixed(size):
             return size
@@ -110,6 +155,8 @@ def to_json(term: Term) -> Any:
             return ["*", *map(to_json, parts)]
         case Sum(parts):
             return ["+", *map(to_json, parts)]
+        case Arranged(part, order):
+            return ["@", to_json(part), list(order)]
 
 
 def from_json(value: Any) -> Term:
@@ -127,6 +174,8 @@ def from_json(value: Any) -> Term:
             return Product(tuple(map(from_json, parts)))
         case ["+", *parts]:
             return Sum(tuple(map(from_json, parts)))
+        case ["@", part, order]:
+            return Arranged(from_json(part), tuple(order))
         case _:
             raise ValueError(f"not a term: {value!r}")
 
@@ -182,7 +231,9 @@ def pieces(axes: Sequence[Term]) -> list[Piece]:
     choices = [[(positions, dims) for positions, dims in _segments(term, axis)] for axis, term in enumerate(axes)]
     found = []
     for choice in itertools.product(*choices):
-        whole = [len(positions) == term.size for (positions, _), term in zip(choice, axes, strict=True)]
+        whole = [
+            torch.equal(positions, torch.arange(term.size)) for (positions, _), term in zip(choice, axes, strict=True)
+        ]
         positions = tuple(None if full else chosen for full, (chosen, _) in zip(whole, choice, strict=True))
         found.append(Piece(tuple(dim for _, dims in choice for dim in dims), positions))
     return found
@@ -202,6 +253,9 @@ def _segments(term: Term, axis: int) -> list[tuple[Tensor, tuple[Dim, ...]]]:
                 for start, part in zip(starts, parts, strict=True)
                 for positions, dims in _segments(part, axis)
             ]
+        case Arranged(part, order):
+            places = torch.tensor(order).argsort()
+            return [(places[positions], dims) for positions, dims in _segments(part, axis)]
         case Product(parts):
             combined: list[tuple[Tensor, tuple[Dim, ...]]] = [(torch.zeros(1, dtype=torch.long), ())]
             for part in parts:

@@ -9,96 +9,13 @@ the result is then smaller than it could be, never wrong.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import operator
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
-from .terms import ONE, Product, Sum, concatenation, leaves, product
-
-
-@dataclass(frozen=True)
-class Reason:
-    """Why an axis stays where it is.
-
-    Attributes:
-        kind: "input", "output", "position", "operator" or "unused".
-        operator: The operator, or the part of the network, that demands it.
-        text: The reason in words.
-    """
-
-    kind: str
-    operator: str
-    text: str
-
-
-class Unknown:
-    """A set of units of which it is not yet known what they are.
-
-    Its permutation may differ from block to block of other unknowns that stand beside it in the same tensors. `allowed`
-    collects what every tensor and operator admits (None: no restriction so far), `forbidden` what some exclude.
-    """
-
-    __slots__ = ("allowed", "bound", "forbidden", "pinned", "size")
-
-    def __init__(self, size: int, allowed: frozenset[Unknown] | None = None, pinned: Reason | None = None) -> None:
-        self.size = size
-        self.bound: Any = None
-        self.pinned = pinned
-        self.allowed: set[frozenset[Unknown]] = set() if allowed is None else {allowed}
-        self.forbidden: set[Unknown] = set()
-
-
-def normal(term: Any) -> Any:
-    """Rewrite a term with every bound unknown replaced by what it is bound to."""
-    if isinstance(term, Unknown):
-        if term.bound is None:
-            return term
-        term.bound = normal(term.bound)
-        return term.bound
-    if isinstance(term, Product):
-        return product(map(normal, term.parts))
-    return concatenation(map(normal, term.parts))
-
-
-def unknowns(terms: Iterable[Any]) -> set[Unknown]:
-    """Collect the unbound unknowns that occur in some terms."""
-    return {leaf for term in terms for leaf in leaves(normal(term))}
-
-
-def contexts(axes: Sequence[Any]) -> Iterator[tuple[Unknown, frozenset[Unknown]]]:
-    """Iterate over the unknowns of a tensor, each with those whose position is defined wherever its own is.
-
-    These are its fellow factors, the factors around the concatenation that it is part of, and the factors of the
-    other axes; not the parts of another segment.
-    """
-    axes = [normal(term) for term in axes]
-    factors = [{part for part in _parts(Product, term) if isinstance(part, Unknown)} for term in axes]
-    for index, term in enumerate(axes):
-        others = frozenset().union(*(f for at, f in enumerate(factors) if at != index))
-        yield from _contexts(term, others)
-
-
-def _contexts(term: Any, beside: frozenset[Unknown]) -> Iterator[tuple[Unknown, frozenset[Unknown]]]:
-    if isinstance(term, Unknown):
-        yield term, beside | {term}
-    elif isinstance(term, Sum):
-        for part in term.parts:
-            yield from _contexts(part, beside)
-    else:
-        beside |= {part for part in term.parts if isinstance(part, Unknown)}
-        for part in term.parts:
-            yield from _contexts(part, beside)
-
-
-def fixed(size: int, reason: Reason) -> Any:
-    """Make an axis of positions that stay where they are."""
-    return ONE if size == 1 else Unknown(size, frozenset(), reason)
-
-
-def pin(term: Any, reason: Reason) -> None:
-    """Pin every unknown of a term; the first reason stays."""
-    for leaf in leaves(normal(term)):
-        leaf.pinned = leaf.pinned or reason
+from .terms import ONE, Arranged, Product, Sum, Term, arranged, concatenation, leaves, product
+from .unknown import Reason, Unknown, contexts, fixed, normal, parts_of, pin, unknowns
 
 
 def equate(a: Any, b: Any, reason: Reason) -> None:
@@ -116,7 +33,9 @@ def equate(a: Any, b: Any, reason: Reason) -> None:
     if isinstance(b, Unknown):
         a, b = b, a
     if isinstance(a, Unknown):
-        _bind(a, b)
+        _bind(a, b, reason)
+    elif isinstance(a, Arranged) or isinstance(b, Arranged):
+        _equate_arranged(*((a, b) if isinstance(a, Arranged) else (b, a)), reason)
     elif isinstance(a, Product) and isinstance(b, Product):
         _equate_products(list(a.parts), list(b.parts), reason)
     elif isinstance(a, Sum) and isinstance(b, Sum):
@@ -125,9 +44,11 @@ def equate(a: Any, b: Any, reason: Reason) -> None:
         _equate_sum_with_product(*((a, b) if isinstance(a, Sum) else (b, a)), reason)
 
 
-def _bind(unknown: Unknown, term: Any) -> None:
+def _bind(unknown: Unknown, term: Any, reason: Reason) -> None:
     if isinstance(term, Unknown) and term.pinned and not unknown.pinned:
         unknown.bound = term
+    elif isinstance(term, Arranged) and unknown in leaves(term):
+        pin(term, reason)  # an axis that is its own in another order
     elif unknown.pinned:
         pin(term, unknown.pinned)  # two fixed axes need not be the same one: nothing is bound
     elif isinstance(term, Unknown):
@@ -147,18 +68,23 @@ def _equate_products(a: list[Any], b: list[Any], reason: Reason) -> None:
             a, b = b, a
         if a[0].size == b[0].size:
             equate(a.pop(0), b.pop(0), reason)
+        elif isinstance(a[0], Unknown) and (count := _prefix(b, a[0].size)):
+            whole, b[:count] = product(b[:count]), []
+            equate(a.pop(0), whole, reason)
         elif a[0].size % b[0].size == 0:
             outer, inner = factor(a[0], (b[0].size, a[0].size // b[0].size), reason)
             equate(outer, b.pop(0), reason)
-            a[0:1] = _parts(Product, inner)
+            a[0:1] = parts_of(Product, inner)
         else:
             pin(product([*a, *b]), reason)
             return
-        a, b = list(_parts(Product, normal(product(a)))), list(_parts(Product, normal(product(b))))
+        a, b = list(parts_of(Product, normal(product(a)))), list(parts_of(Product, normal(product(b))))
 
 
-def _parts(kind: type, term: Any) -> tuple[Any, ...]:
-    return term.parts if isinstance(term, kind) else (term,)
+def _prefix(parts: Sequence[Any], size: int) -> int:
+    """Count the factors whose product is a size, from the first on; 0: there are none."""
+    products = list(accumulate((part.size for part in parts), operator.mul))
+    return products.index(size) + 1 if size in products else 0
 
 
 def _equate_sums(a: list[Any], b: list[Any], reason: Reason) -> None:
@@ -168,8 +94,8 @@ def _equate_sums(a: list[Any], b: list[Any], reason: Reason) -> None:
         if a[0].size > b[0].size:
             a[0:1] = cut(a[0], (b[0].size, a[0].size - b[0].size), reason)
         equate(a.pop(0), b.pop(0), reason)
-        a = list(_parts(Sum, normal(concatenation(a)))) if a else a
-        b = list(_parts(Sum, normal(concatenation(b)))) if b else b
+        a = list(parts_of(Sum, normal(concatenation(a)))) if a else a
+        b = list(parts_of(Sum, normal(concatenation(b)))) if b else b
 
 
 def _equate_sum_with_product(total: Sum, blocks: Product, reason: Reason) -> None:
@@ -223,12 +149,14 @@ def cut(term: Any, sizes: Sequence[int], reason: Reason) -> list[Any]:
         return [term if size else Sum(()) for size in sizes]
     if isinstance(term, Unknown) and term.pinned:
         return [fixed(size, term.pinned) for size in sizes]
+    if isinstance(term, Arranged):
+        return _cut_arranged(term, sizes, reason)
     segments = [Unknown(size) if size > 1 else (ONE if size else Sum(())) for size in sizes]
     if isinstance(term, Product):
         return _cut_product(term, sizes, reason)
     whole = concatenation(segments)
     if isinstance(term, Unknown):
-        _bind(term, whole)
+        _bind(term, whole, reason)
     else:
         _equate_sums(list(term.parts), list(whole.parts), reason)
     return [normal(segment) for segment in segments]
@@ -257,58 +185,99 @@ def blocks(term: Any, size: int, reason: Reason) -> None:
         factor(term, (term.size // size, size), reason)
 
 
-def admit(tensors: Iterable[Iterable[Any]]) -> None:
-    """State which axes stand side by side: an unknown's order may depend only on what stands in all its tensors.
+def interleaved(parts: int, size: int) -> tuple[int, ...]:
+    """Give the order in which position i of each part comes before position i + 1 of any.
 
-    Args:
-        tensors: For each tensor, the terms of its axes.
+    >>> interleaved(2, 3)
+    (0, 3, 1, 4, 2, 5)
     """
-    for axes in tensors:
-        for leaf, beside in contexts(list(axes)):
-            leaf.allowed.add(beside)
+    return tuple(part * size + at for at in range(size) for part in range(parts))
 
 
-def mix(axes: Sequence[Any], dims: Iterable[int]) -> None:
-    """State that entries along `dims` are combined at equal positions of the other axes.
+def around(before: int, middle: int, after: int) -> tuple[int, ...]:
+    """Give the order in which units of one group, that come first, stand before and after others.
 
-    Then the order of the other axes must not depend on the position in `dims`.
+    >>> around(1, 2, 2)
+    (0, 3, 4, 1, 2)
     """
-    mixed = {dim % len(axes) for dim in dims}
-    inside = unknowns(axes[dim] for dim in mixed)
-    for leaf in unknowns(axes[dim] for dim in range(len(axes)) if dim not in mixed) - inside:
-        leaf.forbidden |= inside
+    edge = before + after
+    return (*range(before), *range(edge, edge + middle), *range(before, edge))
 
 
-def dependencies(free: Sequence[Unknown]) -> dict[Unknown, tuple[Unknown, ...]]:
-    """Find, for every free unknown, those on whose position its permutation may depend.
-
-    Args:
-        free: The unbound, unpinned unknowns, in order of first occurrence.
-
-    Returns:
-        For each the others, outermost first; no cycles.
-    """
-    known = set(free)
-    found: dict[Unknown, tuple[Unknown, ...]] = {}
-    for leaf in free:
-        scopes = [_resolved(scope) for scope in leaf.allowed]
-        admitted = set.intersection(*scopes) if scopes else set()
-        admitted &= known
-        admitted -= unknowns(leaf.forbidden) | {leaf}
-        # an order that depends on one that depends on it would be no permutation of the axis
-        found[leaf] = tuple(other for other in free if other in admitted and leaf not in found.get(other, ()))
-    settled = False
-    while not settled:  # what an outer one depends on must be admitted as well, or the outer one is dropped
-        kept = {leaf: tuple(o for o in outer if set(found[o]) <= set(outer)) for leaf, outer in found.items()}
-        settled, found = kept == found, kept
-    return {leaf: tuple(sorted(outer, key=lambda o: len(found[o]))) for leaf, outer in found.items()}
+def _equate_arranged(a: Arranged, b: Any, reason: Reason) -> None:
+    """State that an axis in another order is permuted like a second one, which is no unknown."""
+    if isinstance(b, Arranged) and a.order == b.order:
+        equate(a.part, b.part, reason)
+    elif isinstance(b, Sum):
+        segments = _cut_arranged(a, [part.size for part in b.parts], reason)
+        for mine, other in zip(segments, b.parts, strict=True):
+            equate(mine, other, reason)
+    elif set(leaves(a)) & set(leaves(b)):
+        _pin_both(a, b, reason)
+    elif isinstance(b, Arranged) or isinstance(a.part, Unknown):
+        equate(a.part, arranged(b, _inverse(a.order)), reason)
+    else:
+        _equate_interleaved(a, b, reason)
 
 
-def _resolved(scope: frozenset[Unknown]) -> set[Unknown]:
-    resolved: set[Unknown] = set()
-    for leaf in scope:
-        term = normal(leaf)
-        if isinstance(term, Sum) or (isinstance(term, Product) and any(isinstance(p, Sum) for p in term.parts)):
-            continue  # a position in a concatenation is no position of one of its parts
-        resolved |= set(leaves(term))
-    return resolved
+def _equate_interleaved(a: Arranged, b: Any, reason: Reason) -> None:
+    """Interleaved parts of equal size are every pair of a position and a part."""
+    parts = a.part.parts if isinstance(a.part, Sum) else ()
+    size = parts[0].size if parts else 0
+    if not parts or any(p.size != size for p in parts) or a.order != interleaved(len(parts), size):
+        _pin_both(a, b, reason)
+        return
+    position, which = factor(b, (size, len(parts)), reason)
+    pin(which, reason)
+    for part in parts:
+        equate(part, position, reason)
+
+
+def _pin_both(a: Any, b: Any, reason: Reason) -> None:
+    pin(a, reason)
+    pin(b, reason)
+
+
+def _inverse(order: Sequence[int]) -> tuple[int, ...]:
+    return tuple(sorted(range(len(order)), key=order.__getitem__))
+
+
+def _cut_arranged(term: Arranged, sizes: Sequence[int], reason: Reason) -> list[Any]:
+    """Cut an axis in another order: each part is cut where one segment's share of it ends and another's begins."""
+    ends = list(accumulate(sizes))
+    owner = [0] * term.size
+    for at, position in enumerate(term.order):
+        owner[position] = next(index for index, end in enumerate(ends) if at < end)
+    pieces: list[tuple[int, int, Any]] = []  # start in the part, owner, term
+    start = 0
+    for part in term.part.parts if isinstance(term.part, Sum) else (term.part,):
+        runs = _runs(owner[start : start + part.size])
+        if len({who for who, _ in runs}) < len(runs):  # a share that is not of one piece
+            pin(term, reason)
+            return [fixed(size, reason) if size else Sum(()) for size in sizes]
+        for (who, size), piece in zip(runs, cut(part, [size for _, size in runs], reason), strict=True):
+            pieces.append((start, who, piece))
+            start += size
+    return [
+        _segment(term, pieces, index, end - size, end)
+        for index, (size, end) in enumerate(zip(sizes, ends, strict=True))
+    ]
+
+
+def _runs(owners: Sequence[int]) -> list[tuple[int, int]]:
+    runs: list[tuple[int, int]] = []
+    for who in owners:
+        if runs and runs[-1][0] == who:
+            runs[-1] = (who, runs[-1][1] + 1)
+        else:
+            runs.append((who, 1))
+    return runs
+
+
+def _segment(term: Arranged, pieces: Sequence[tuple[int, int, Any]], index: int, start: int, end: int) -> Term:
+    mine = [(at, piece) for at, who, piece in pieces if who == index]
+    place: dict[int, int] = {}
+    for at, piece in mine:
+        for offset in range(piece.size):
+            place[at + offset] = len(place)
+    return arranged(concatenation(piece for _, piece in mine), [place[p] for p in term.order[start:end]])

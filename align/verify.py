@@ -2,94 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ..base.batches import Batch
+from ..base.batches import Batch, model_device
 from ..base.errors import SymmetryError
 from .probe import Probe, State, as_given, check_has_data, noise, others
 from .terms import groups_of, pieces, take
+from .verification import TOLERANCE, Verification
 
 if TYPE_CHECKING:
     from .permutation import Permutation
     from .symmetry import Symmetry
 
-TOLERANCE = 1e-8
 # Of the perturbation, relative to the spread of each parameter: first near the given weights, then further away.
 _SPREADS = (0.3, *[1.0] * 6, *[3.0] * 6)
 # What is left of the perturbation where a network gives NaN under it.
 _SMALLER = (1.0, 0.1, 0.01, 0.0)
 # Up to so many groups are tried one by one; more are halved first.
 _ONE_BY_ONE = 16
-# In so many of its parameters a group is moved alone, to see whether it matters, where gradients do not show it.
-_PLACES = 4
-
-
-@dataclass(frozen=True)
-class Verification:
-    """What was measured.
-
-    Attributes:
-        error: Largest change of the outputs under a random permutation of all groups, relative to their size.
-        sensitivity: Change of the outputs between two different inputs, relative to their size.
-        insensitive: Groups whose units never reached the outputs, so that nothing is known about them.
-        failing: Groups that change the outputs when they are permuted alone.
-        tolerance: What counts as unchanged.
-    """
-
-    error: float
-    sensitivity: float
-    insensitive: tuple[str, ...]
-    failing: tuple[str, ...]
-    tolerance: float = TOLERANCE
-
-    @property
-    def passed(self) -> bool:
-        """Whether the symmetry holds and the network was sensitive enough to show it."""
-        return not self.failing and not self.insensitive and self.error <= self.tolerance and self.sensitive
-
-    @property
-    def sensitive(self) -> bool:
-        """Whether different inputs gave clearly different outputs."""
-        return self.sensitivity > 1e3 * self.tolerance
-
-    def check(self) -> Verification:
-        """Return itself if the symmetry holds.
-
-        Raises:
-            SymmetryError: It does not, or the network does not react to its input; the failing groups are named.
-        """
-        if self.passed:
-            return self
-        if self.error > self.tolerance:
-            groups = f"group {', '.join(self.failing)}" if self.failing else "no single group, but all together"
-            why = f"permuting {groups} changes the outputs by {self.error:.1e}"
-        elif not self.sensitive:
-            why = (
-                f"its outputs do not depend on its input (relative change {self.sensitivity:.1e}), so nothing is proved"
-            )
-        else:
-            why = f"the outputs do not depend on group {', '.join(self.insensitive)}, so nothing is proved about it"
-        raise SymmetryError(f"the symmetry could not be verified in float64: {why}")
-
-    def to_json(self) -> dict[str, Any]:
-        """Give the measurements as JSON values."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Verification:
-        """Read what `to_json` gave.
-
-        >>> found = Verification(1e-15, 0.5, (), ())
-        >>> Verification.from_json(found.to_json()) == found
-        True
-        """
-        error, sensitivity, tolerance = (float(value[name]) for name in ("error", "sensitivity", "tolerance"))
-        return cls(error, sensitivity, tuple(value["insensitive"]), tuple(value["failing"]), tolerance)
+# A change of so many times that which rounding makes is laid to a permutation, and of so much in any case.
+_ROUGH = 30.0
+_COARSEST = 1e-4
 
 
 def verify(
@@ -106,7 +44,7 @@ def verify(
     Every parameter of the copy is perturbed first, so that no layer is switched off by a zero at initialisation and no
     two units are alike; the running statistics of batch norms are spread out likewise. Casts inside the network are
     raised to float64 (see `Precise`). Then three things are measured: that two inputs give different outputs; that
-    every group, moved in one place only, would change the outputs; and that a random permutation that moves every
+    every group, moved in some places only, would change the outputs; and that a random permutation that moves every
     group leaves them as they were. If it does not, groups are tried alone.
     Where nothing is disproved and some group does not reach the outputs, as a small layer of ReLUs that happen to be
     off, other weights and inputs are drawn, further and further from the given ones.
@@ -118,7 +56,7 @@ def verify(
             network fails on it.
         also: Further example inputs, each like the first, as for a network with several ways through it. The claim
             must hold for all; a group must reach the outputs for one.
-        tolerance: Largest relative change that counts as none.
+        tolerance: Largest relative change that counts as none; raised where rounding alone changes more.
         seed: Seed of the perturbation, the inputs and the permutations.
 
     Returns:
@@ -137,11 +75,19 @@ def verify(
     batches = [as_example(inputs) for inputs in (example_inputs, *also)]
     unseen = tuple(group.name for group in symmetry.groups if group.size > 1)
     report = Verification(0.0, 0.0, unseen, (), tolerance)
+    device = model_device(model)
+    temper = 1.0
     for spread in _SPREADS:
-        found = _measure(symmetry, model, batches, report, generator, spread)
+        # a random network moves on in the global generator, by which it is found out, and leaves it as it was
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            found = _measure(symmetry, model, batches, report, generator, (spread, temper))
+        if found is None:
+            temper *= 2**0.5
+            continue
         error, sensitivity = max(report.error, found.error), max(report.sensitivity, found.sensitivity)
-        report = Verification(error, sensitivity, found.insensitive, found.failing, tolerance)
-        if report.passed or report.error > tolerance:
+        coarse = max(report.tolerance, found.tolerance)
+        report = Verification(error, sensitivity, found.insensitive, found.failing, coarse)
+        if report.passed or report.error > coarse:
             break
     return report
 
@@ -162,11 +108,14 @@ def _measure(
     examples: Sequence[Batch],
     before: Verification,
     generator: torch.Generator,
-    spread: float,
-) -> Verification:
-    """Measure once; of the groups, only those that were insensitive before are looked at again."""
+    strength: tuple[float, float],
+) -> Verification | None:
+    """Measure once; of the groups, only those that were insensitive before are looked at again.
+
+    None: rounding alone changes the outputs so much that nothing is to be seen.
+    """
     tolerance = before.tolerance
-    probe, samples = _samples(symmetry, model, examples, tolerance, generator, spread)
+    probe, samples = _samples(symmetry, model, examples, tolerance, generator, strength)
     permutation = _moving(symmetry, generator)
 
     def error(groups: Sequence[str]) -> float:
@@ -175,12 +124,34 @@ def _measure(
 
     names = [group.name for group in symmetry.groups]
     whole = error(names)
+    if whole > tolerance:
+        if (rough := _ROUGH * _rounding(probe, samples, generator)) > _COARSEST:
+            return None
+        tolerance = max(tolerance, rough)
     failing = _failing(lambda groups: error(groups) > tolerance, names) if whole > tolerance else []
     found = Verification(whole, min(sample.sensitivity for sample in samples), (), tuple(failing), tolerance)
     unseen = before.insensitive
     if found.passed:  # else there is nothing that these groups could prove
-        unseen = _insensitive(permutation, probe, samples, tolerance, unseen)
+        unseen = _insensitive(permutation, probe, samples, tolerance, unseen, generator)
     return replace(found, insensitive=unseen)
+
+
+def _rounding(probe: Probe, samples: Sequence[_Sample], generator: torch.Generator) -> float:
+    """Measure how far rounding errors grow, by errors of their size in all parameters.
+
+    Another order of summands brings errors of this size into every layer; a deep network may amplify them a
+    billionfold. It amplifies a wrong permutation as much, so that a coarser comparison still tells the two apart.
+    """
+    eps = torch.finfo(torch.float64).eps
+
+    def rounded(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        noise = torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype).to(tensor.device)
+        return tensor + eps * tensor * noise.sign()
+
+    state = {name: rounded(tensor) for name, tensor in probe.state.items()}
+    return max(change(sample.outputs, probe.run(state, sample.batch)) for sample in samples)
 
 
 def _failing(breaks: Callable[[Sequence[str]], bool], names: Sequence[str]) -> list[str]:
@@ -196,14 +167,18 @@ def _samples(
     examples: Sequence[Batch],
     tolerance: float,
     generator: torch.Generator,
-    spread: float,
+    strength: tuple[float, float],
 ) -> tuple[Probe, list[_Sample]]:
     """Perturb the network as far as it bears it, and run it on every example."""
+    spread, temper = strength
     moved = {name for name, terms in symmetry.layout.items() if groups_of(terms)}
+    wake = spread != _SPREADS[0]
     for smaller in _SMALLER:
         probe = Probe(model, symmetry.outputs)
         if smaller:
-            probe.perturb(moved.__contains__, generator, smaller * spread, wake=spread != _SPREADS[0])
+            probe.perturb(moved.__contains__, generator, smaller * spread, wake)
+        if wake:
+            probe.calibrate(noise(as_given(examples[0], probe.device), generator), temper)
         found = []
         for example in examples:
             batch, outputs = _first(probe, as_given(example, probe.device), generator)
@@ -214,8 +189,8 @@ def _samples(
         else:
             return probe, found
     raise SymmetryError(
-        f"the symmetry cannot be verified: {probe.name} gives NaN on the example inputs and on noise, with its own "
-        "weights and with perturbed ones. Pass inputs on which its outputs are finite"
+        f"the symmetry cannot be verified: {type(model).__name__} gives NaN, on the example inputs and on noise, with "
+        "its own weights and with perturbed ones. Pass inputs on which its outputs are finite"
     )
 
 
@@ -309,20 +284,25 @@ def _only(permutation: Permutation, groups: Sequence[str]) -> Permutation:
 
 
 def _insensitive(
-    permutation: Permutation, probe: Probe, samples: Sequence[_Sample], tolerance: float, names: Sequence[str]
+    permutation: Permutation,
+    probe: Probe,
+    samples: Sequence[_Sample],
+    tolerance: float,
+    names: Sequence[str],
+    generator: torch.Generator,
 ) -> tuple[str, ...]:
-    """Name those groups of which a wrong claim would not be seen: moved in one place only, they change no output.
+    """Name those groups of which a wrong claim would not be seen: moved in some places only, they change no output.
 
-    Gradients tell the effect of all such moves at once, to first order. Where they show none, or the network cannot be
-    differentiated, the moves are made.
+    Gradients tell the effect of moves in each single place at once, to first order. Where they show none, or the
+    network cannot be differentiated, a group is moved in half of its places.
     """
     unseen = list(names)
     for sample in samples:
         effects = _effects(permutation, probe, sample)
         unseen = [name for name in unseen if effects.get(name, 0.0) <= tolerance]
     for name in list(unseen):
-        moves = _moves(permutation, probe.state, name)
-        if any(change(s.outputs, probe.run(state, s.batch)) > tolerance for state in moves for s in samples):
+        state = _half_moved(permutation, probe.state, name, generator)
+        if any(change(sample.outputs, probe.run(state, sample.batch)) > tolerance for sample in samples):
             unseen.remove(name)
     return tuple(unseen)
 
@@ -352,9 +332,9 @@ def _effects(permutation: Permutation, probe: Probe, sample: _Sample) -> dict[st
     return largest
 
 
-def _moves(permutation: Permutation, state: State, group: str) -> Iterator[State]:
-    """Permute a group in one of its parameters, the others held; in matrices first."""
+def _half_moved(permutation: Permutation, state: State, group: str, generator: torch.Generator) -> State:
+    """Permute a group in half of the parameters that hold it, the others held."""
     alone = _only(permutation, [group])
-    places = dict.fromkeys(name for name, _ in permutation.symmetry.by_name[group].axes)
-    for name in sorted(places, key=lambda name: state[name].ndim < 2)[:_PLACES]:
-        yield {**state, name: alone.permute(name, state[name])}
+    places = list(dict.fromkeys(name for name, _ in permutation.symmetry.by_name[group].axes))
+    chosen = torch.randperm(len(places), generator=generator)[: max(1, len(places) // 2)].tolist()
+    return {**state, **{places[at]: alone.permute(places[at], state[places[at]]) for at in chosen}}

@@ -32,4 +32,19 @@ def on_device(model: nn.Module, device: torch.device | str | None) -> nn.Module:
     found = {tensor.device for tensor in full_state(model).values()}
     if all(d.type == wanted.type and wanted.index in (None, d.index) for d in found):
         return model
-    return copy.deepcopy(model).to(device)
+    return copied(model).to(device)
+
+
+def copied(model: nn.Module, memo: dict[int, object] | None = None) -> nn.Module:
+    """Copy a network, also one that keeps a tensor that it has computed, as hooks for weight normalisation do.
+
+    Args:
+        model: The network.
+        memo: Objects to share with the copy, by id; as `copy.deepcopy` takes it.
+    """
+    memo = {} if memo is None else memo
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, torch.Tensor) and not value.is_leaf:  # which torch refuses to copy
+                memo.setdefault(id(value), value.detach().clone())
+    return copy.deepcopy(model, memo)

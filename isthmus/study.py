@@ -101,6 +101,7 @@ def study(
     eval_name: str = "data_eval",
     match_name: str | None = None,
     progress: bool | None = None,
+    verify: bool = True,
 ) -> Study:
     """Walk the path between two classifiers before and after matching, merge them, and compare their layers.
 
@@ -121,6 +122,7 @@ def study(
         eval_name: What to call `data_eval` in a report.
         match_name: What to call `data_match` in a report; `eval_name` where there is none.
         progress: Show bars always (True), never (False), or on a terminal (None).
+        verify: Refuse a symmetry of which it has not been measured that it holds; see `match`.
 
     Returns:
         The study; `report.write_report` writes it down.
@@ -130,6 +132,7 @@ def study(
         DataError: The data is empty, an iterator, or has no labels that fit.
         LayerNotFoundError: A layer does not exist.
         NotFiniteError: A network or an input holds NaN or infinity.
+        SymmetryError: The symmetry cannot be derived, or fails when it is verified.
 
     >>> from isthmus.zoo import load_data, loader, mlp
     >>> data = loader(load_data("digits", "test"))
@@ -147,9 +150,8 @@ def study(
     similarity = compare(
         model_a, model_b, data_eval, layers=layers, positions=positions, device=device, progress=progress
     )
-    matching = match(
-        model_a, model_b, second, method=method, symmetry=symmetry, seed=seed, device=device, progress=progress
-    )
+    options = {"method": method, "symmetry": symmetry, "seed": seed, "verify": verify}
+    matching = match(model_a, model_b, second, device=device, progress=progress, **options)
     ordered = matching.apply(model_b)
     matched = connect(model_a, ordered, data_eval, **walk)
     repaired = (

@@ -52,6 +52,7 @@ def merge(
     metric: Measure | None = None,
     seed: int = 0,
     device: torch.device | str | None = None,
+    verify: bool = True,
 ) -> Merged:
     """Merge networks of one architecture: bring all into the order of the first, average, and repair.
 
@@ -65,11 +66,13 @@ def merge(
             or None where they are in the same order already.
         repair: None, or how to repair the statistics of the average: "auto", "reset" or "rescale"; see `repair`.
         repair_data: Batches to repair on; `data` by default.
-        symmetry: The symmetry of the architecture; derived from `models[0]` by default.
+        symmetry: The symmetry of the architecture; derived from `models[0]` by default. One that was not verified yet
+            is, on the first batch.
         loss: Function (outputs, targets) → mean over the batch; cross entropy by default.
         metric: A second one; accuracy beside the default loss.
         seed: Seed of the matching.
         device: Where to compute; that of each network by default.
+        verify: Refuse a symmetry of which it has not been measured that it holds; False takes it on trust.
 
     Returns:
         The merged network, on the device of the first one, and the report: `method`, `weights`, `align`, `objective`
@@ -81,6 +84,7 @@ def merge(
         DataError: Data is missing, an iterator, or has labels that do not fit; or `method`, `weights` or `align` is not
             valid.
         NotFiniteError: A network or an input holds NaN or infinity.
+        SymmetryError: The symmetry cannot be derived, or fails when it is verified; the groups are named.
 
     >>> ones = nn.Linear(2, 2)
     >>> _ = nn.init.ones_(ones.weight), nn.init.zeros_(ones.bias)
@@ -95,7 +99,7 @@ def merge(
     how = None if repair is None else choose_method(models[0], repair)
     measured = data is not None and (loss is not None or _has_labels(data))
     parents = [_measure(model, data, loss, metric, device) for model in models] if measured else []
-    matchings = _match(models, data, align, symmetry, seed, device)
+    matchings = _match(models, data, align, symmetry, seed, device, verify)
     moved = [matching.apply(model) for matching, model in zip(matchings, models[1:], strict=False)]
     aligned = [models[0], *(moved or models[1:])]
     merged = _average(aligned, shares)
@@ -174,6 +178,7 @@ def _match(
     symmetry: Symmetry | None,
     seed: int,
     device: torch.device | str | None,
+    verify: bool,
 ) -> Sequence[Matching]:
     if align is None:
         return []
@@ -182,12 +187,18 @@ def _match(
     from ..align import match
     from ..align import symmetry as derive
 
-    if symmetry is None:
-        assert data is not None
-        symmetry = derive(models[0], next(batches(data)))
-    return [
-        match(models[0], model, data, method=align, symmetry=symmetry, seed=seed, device=device) for model in models[1:]
-    ]
+    example = None if data is None else next(batches(data))
+    symmetry = derive(models[0], example, verify=False) if symmetry is None else symmetry
+    if verify and example is not None:  # once for all
+        symmetry = symmetry.verified(models[0], example)
+    options: dict[str, Any] = {
+        "method": align,
+        "symmetry": symmetry,
+        "seed": seed,
+        "device": device,
+        "verify": verify and example is None,
+    }
+    return [match(models[0], model, data, **options) for model in models[1:]]
 
 
 def _average(models: Sequence[nn.Module], shares: Sequence[float]) -> nn.Module:

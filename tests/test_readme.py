@@ -24,8 +24,15 @@ def test_python_example_opens_the_path(run_code: Callable[[str], str]) -> None:
     assert matched < naive / 3
 
 
+def test_symmetry_example_lists_the_hidden_layers(run_code: Callable[[str], str]) -> None:
+    trained, permuted, _ = blocks("python")
+    network = re.split(r"^for seed", trained, flags=re.MULTILINE)[0]  # an untrained one has the same symmetry
+    printed = run_code("import matplotlib\nmatplotlib.use('Agg')\n" + network + permuted)
+    assert re.search(r"^\d+\.\d+ \[\('fc1', \d+, 'free'\), .*\] \(\)$", printed, re.MULTILINE), printed
+
+
 def test_similarity_example_compares_the_two_networks(run_code: Callable[[str], str]) -> None:
-    trained, compared = blocks("python")
+    trained, _, compared = blocks("python")
     code = "import matplotlib\nmatplotlib.use('Agg')\n" + trained + compared
     printed = run_code(code)
     assert "('fc1', 'relu1', 'fc2'" in printed

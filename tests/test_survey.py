@@ -95,9 +95,9 @@ def test_a_crash_or_a_hang_costs_one_model(coverage: Any, code: str, limit: floa
     row = worker.measure("transformers", "llama")
     assert (row["status"], row["message"]) == ("error", why)
     worker.command, worker.limit = sound, 300.0
-    row = worker.measure("transformers", "no such model")
+    row = worker.measure("transformers", "nothing")
     worker.close()
-    assert row["message"] != why
+    assert row["stage"] == "build"
 
 
 def test_a_model_that_cannot_be_built_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,6 +114,7 @@ def test_a_failed_check_fails_the_run(coverage: Any, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(coverage, "listed", lambda *_, **__: [("transformers", "llama")])
     assert coverage.main(["--json", str(tmp_path / "rows")]) == 1
     assert json.loads((tmp_path / "rows").read_text()) == wrong
+    assert coverage.main(["--show", str(tmp_path / "rows")]) == 1
     monkeypatch.setattr(coverage.Worker, "measure", lambda *_: {**wrong, "passed": True})
     assert coverage.main([]) == 0
 

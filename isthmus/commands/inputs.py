@@ -220,22 +220,44 @@ def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def find_symmetry(
-    model: nn.Module, source: Source | None, input_shape: tuple[int, ...] | None, verify: bool = True
+    model: nn.Module,
+    source: Source | None,
+    input_shape: tuple[int, ...] | None,
+    verify: bool = True,
+    saved: Path | None = None,
 ) -> Symmetry:
-    """Derive the symmetry of a network from a few inputs.
+    """Derive the symmetry of a network from a few inputs, or read a saved one, and see that it is verified.
+
+    Args:
+        model: The network.
+        source: Data to take inputs from, or None.
+        input_shape: Shape of inputs to draw; comes before `source`.
+        verify: Measure that it holds, unless that was done before.
+        saved: File of a symmetry.
 
     Raises:
-        click.UsageError: There are none.
-        SymmetryError: It cannot be traced or verified.
+        ArchitectureError: The saved symmetry belongs to another network.
+        click.UsageError: Inputs are needed, and there are none.
+        SymmetryError: It cannot be read, traced or verified.
     """
+    found = None if saved is None else Symmetry.load(saved)
+    if found is not None:
+        found.check_fits(model, "the network")
+        if found.is_verified or not verify:
+            return found
     if input_shape is not None:
         example = Batch((torch.randn(input_shape, generator=torch.Generator().manual_seed(0)),))
         check_runs(model, Source("--input-shape", None, (), example))
     elif source is not None:
         example = source.example
-    else:
+    elif saved is None:
         raise click.UsageError("the symmetry is found by running the network; pass --data, or --input-shape 1,3,32,32")
-    return symmetry(model, example, verify=verify)
+    else:
+        raise click.UsageError(
+            f"--symmetry: that in {saved} was never verified; pass --data or --input-shape to verify it now, or "
+            "--no-verify to take it on trust"
+        )
+    return symmetry(model, example, verify=verify) if found is None else found.verified(model, example)
 
 
 def check_device(name: str) -> str:

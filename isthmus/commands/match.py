@@ -26,6 +26,7 @@ from .outputs import check_file, emit
 @input_shape_option
 @click.option("--method", type=click.Choice(["weights", "activations"]), default="weights", show_default=True)
 @click.option("--symmetry", type=ArgFile, help="A symmetry saved by `isthmus symmetry --save`; derived by default.")
+@click.option("--verify/--no-verify", default=True, help="Refuse a symmetry that changes the network's outputs.")
 @click.option("--out", type=ArgFile, help="Write the matching to this file, .safetensors.")
 @click.option("--save-model", type=ArgFile, help="Write B in the order of A to this checkpoint.")
 @common_options
@@ -37,6 +38,7 @@ def command(
     input_shape: tuple[int, ...] | None,
     method: str,
     symmetry: Path | None,
+    verify: bool,
     out: Path | None,
     save_model: Path | None,
     device: str,
@@ -52,7 +54,7 @@ def command(
     check_file(save_model)
     if method == "activations" and data.data is None:
         raise click.UsageError("--method activations compares activations on data; pass --data")
-    from isthmus.align import Symmetry, match
+    from isthmus.align import match
     from isthmus.base.files import save_state_dict
 
     from ..plain import number, table
@@ -61,9 +63,10 @@ def command(
     check_device(device)
     source = None if data.data is None else open_data(data, data.split or "train", device)
     model_a, model_b = load_networks(network, (a, b), source)
-    structure = Symmetry.load(symmetry) if symmetry is not None else find_symmetry(model_a, source, input_shape)
+    structure = find_symmetry(model_a, source, input_shape, verify, symmetry)
     batches = source.batches if source is not None and method == "activations" else None
-    found = match(model_a, model_b, batches, method=method, symmetry=structure, seed=seed, device=device)
+    options = {"method": method, "symmetry": structure, "seed": seed, "verify": verify}
+    found = match(model_a, model_b, batches, device=device, **options)
     if out is not None:
         found.save(out)
     if save_model is not None:

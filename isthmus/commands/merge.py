@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="How to bring the units into the order of A's.",
 )
+@click.option("--verify/--no-verify", default=True, help="Refuse a symmetry that changes the network's outputs.")
 @repair_option
 @click.option("--weights", type=Numbers(float, "NUMBERS"), help="One for each network, e.g. 0.5,0.5.")
 @click.option("--report", type=ArgFile, help="Folder for the report of a study of A and B.")
@@ -50,6 +51,7 @@ def command(
     input_shape: tuple[int, ...] | None,
     out: Path,
     align: str,
+    verify: bool,
     repair: str | None,
     weights: tuple[float, ...] | None,
     report: Path | None,
@@ -74,9 +76,9 @@ def command(
     models = load_networks(network, checkpoints, None if sources is None else sources[0])
     structure = None
     if align != "none":
-        structure = find_symmetry(models[0], None if sources is None else sources[0], input_shape)
+        structure = find_symmetry(models[0], None if sources is None else sources[0], input_shape, verify)
     models = [model.to(device) for model in models]
-    how = {"method": align, "repair": repair, "weights": weights, "seed": seed, "symmetry": structure}
+    how = {"method": align, "repair": repair, "weights": weights, "seed": seed, "verify": verify, "symmetry": structure}
     if report is not None and sources is not None:
         merged, content, lines = _with_report(checkpoints, models, sources, how, report)
     else:
@@ -153,7 +155,7 @@ def _without_report(
     matchings = None
     if align != "none":
         batches = None if calibration is None or align == "weights" else calibration.batches
-        options = {"method": align, "symmetry": symmetry, "seed": how["seed"]}
+        options = {"method": align, "symmetry": symmetry, "seed": how["seed"], "verify": how["verify"]}
         matchings = [match(models[0], model, batches, **options) for model in models[1:]]
     merged = merge(
         models,

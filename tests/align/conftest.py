@@ -316,10 +316,8 @@ CASES = {
     "dense": Case(Dense, _images, {"first": (4, "free"), "second": (3, "free"), "third": (5, "free")}),
     # unit k of the first half is multiplied with unit k of the second: 8 units, each in two places of `up`
     "glu": Case(Glu, _vectors, {"up": (8, "free")}),
-    # channels 2…5 of the wide stream carry the narrow one; the 2 before and the 2 after meet only zeros
-    "padded shortcut": Case(
-        PaddedShortcut, _images, {"stem": (4, "free"), "widen": (2, "free"), "widen:2": (2, "free")}
-    ),
+    # channels 2…5 of the wide stream carry the narrow one; the 2 before and the 2 after meet only zeros: they are 4
+    "padded shortcut": Case(PaddedShortcut, _images, {"stem": (4, "free"), "widen": (4, "free")}),
     # the embedding's 8 entries, the 6 inner units, and the 8 of `back`; words keep their order
     "embedding": Case(Words, _tokens, {"table": (8, "free"), "mix": (6, "free"), "back": (8, "free")}),
     # the table is read as the output layer, too: what `back` writes is in the order of the table's entries

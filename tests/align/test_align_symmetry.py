@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from isthmus import zoo
 from isthmus.align import Symmetry, symmetry
-from isthmus.align.terms import Fixed, Product, Sum, Units, groups_of
+from isthmus.align.terms import Arranged, Fixed, Product, Sum, Units, groups_of, pieces
 from isthmus.base.architecture import full_state
 from isthmus.base.errors import ArchitectureError, IsthmusError, SymmetryError
 
@@ -48,6 +48,8 @@ def test_every_symmetry_holds(case: Any) -> None:
 
 
 def left_behind(term: Any, group: str) -> Any:
+    if isinstance(term, Arranged):
+        return Arranged(left_behind(term.part, group), term.order)
     if isinstance(term, (Product, Sum)):
         return type(term)(tuple(left_behind(part, group) for part in term.parts))
     return Fixed(term.size) if isinstance(term, Units) and term.group == group else term
@@ -135,9 +137,8 @@ def test_layouts_say_how_axes_are_made(cases: dict[str, Any]) -> None:
     dense = (Units("first", 4), Units("second", 3))
     assert layout("dense", "norm.running_var") == (Sum(dense),)
     assert layout("dense", "head.weight")[1] == Sum((*dense, Units("third", 5)))
-    assert layout("padded shortcut", "widen.weight")[0] == Sum(
-        (Units("widen", 2), Units("stem", 4), Units("widen:2", 2))
-    )
+    padded = Arranged(Sum((Units("widen", 4), Units("stem", 4))), (0, 1, 4, 5, 6, 7, 2, 3))
+    assert layout("padded shortcut", "widen.weight")[0] == padded
     assert layout("tied square", "first.weight") == (Units("stem", 8), Units("stem", 8))
 
 
@@ -162,11 +163,17 @@ def test_resnet20_has_nine_inner_groups_and_three_streams() -> None:
 def test_resnet20_with_padded_shortcuts_nests_its_streams() -> None:
     x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     found = symmetry(zoo.resnet(20, shortcut="pad", seed=0), x)
-    # nine inner layers; the stream of 16 widens to 8 + 16 + 8, and that to 16 + (8 + 16 + 8) + 16
-    assert sorted(group.size for group in found.groups) == [8] * 2 + [16] * (3 + 1 + 2) + [32] * 3 + [64] * 3
+    # nine inner layers; the stream of 16 is widened by 8 on each side, which are one group of 16, and the 32 by 16 on
+    # each side, one group of 32
+    assert sorted(group.size for group in found.groups) == [16] * (3 + 1 + 1) + [32] * (3 + 1) + [64] * 3
     (stream,) = found.layout["linear.weight"][1:]
-    assert isinstance(stream, Sum)
-    assert [part.size for part in stream.parts] == [16, 8, 16, 8, 16]
+    assert isinstance(stream, Arranged)
+    edges = pieces([stream])
+    assert [dim.size for piece in edges for dim in piece.dims] == [32, 16, 16]
+    outer, inner, first = (at.tolist() for piece in edges for at in piece.positions if at is not None)
+    assert outer == [*range(16), *range(48, 64)]
+    assert inner == [*range(16, 24), *range(40, 48)]
+    assert first == list(range(24, 40))
 
 
 def test_the_graph_joins_axes_to_their_groups(case: Any) -> None:
@@ -245,17 +252,14 @@ def test_an_operator_without_a_rule_pins_and_is_named(operator: str, function: A
 @pytest.mark.parametrize(
     "function",
     [
-        lambda x: x[:, torch.tensor([7, 6, 5, 4, 3, 2, 1, 0])],
-        lambda x: x.index_select(1, torch.tensor([0, 2, 1, 3, 4, 5, 6, 7])),
-        lambda x: x.flip(-1),
-        lambda x: x.roll(1, -1),
+        lambda x: x[:, torch.tensor([7, 6, 5, 4, 3, 2, 1, 1])],
+        lambda x: x + x.argsort(-1).to(x),
         lambda x: x * torch.arange(8).to(x),
         lambda x: x * torch.tensor([1.0, 2, 3, 4, 5, 6, 7, 8]).to(x),
         lambda x: x @ torch.randn(8, 8, generator=torch.Generator().manual_seed(1)).to(x),
         lambda x: x + x.argmax(-1, keepdim=True).to(x),
-        lambda x: torch.cat([x[:, :1] * 2, x[:, 1:3].flip(1), x[:, 3:].cumsum(1)], 1),
     ],
-    ids=["index", "index_select", "flip", "roll", "arange", "constant", "fixed matrix", "argmax", "slices"],
+    ids=["index of some", "argsort", "arange", "constant", "fixed matrix", "argmax"],
 )
 def test_what_looks_at_single_units_pins_them(function: Any) -> None:
     model = Wrapped(function)
@@ -271,6 +275,12 @@ def test_what_looks_at_single_units_pins_them(function: Any) -> None:
         (lambda x: torch.cat([x[:, 3:], x[:, :3]], 1), [3, 5]),  # two segments that change places
         (lambda x: x[:, ::2].repeat(1, 2), [4]),  # every second; the others are not used
         (lambda x: torch.cat([x[:, :4] * x[:, 4:], x[:, 4:]], 1), [4]),  # halves tied by the product
+        (lambda x: x[:, torch.tensor([7, 6, 5, 4, 3, 2, 1, 0])], [8]),  # other orders of the same units
+        (lambda x: x.index_select(1, torch.tensor([0, 2, 1, 3, 4, 5, 6, 7])), [8]),
+        (lambda x: x.flip(-1), [8]),
+        (lambda x: x.roll(1, -1), [8]),
+        (lambda x: x + x.flip(-1), []),  # unit i meets unit 7 - i
+        (lambda x: torch.cat([x[:, :1] * 2, x[:, 1:3].flip(1), x[:, 3:].cumsum(1)], 1), [2]),
         (lambda x: x.view(8, 2, 4).transpose(1, 2).reshape(8, 8), [2, 4]),  # a channel shuffle
         (lambda x: torch.cat([x.view(8, 2, 4).mean(1)] * 2, 1), [2, 4]),
         (lambda x: x.unflatten(1, (2, 4)).softmax(-1).flatten(1), [2, 4]),

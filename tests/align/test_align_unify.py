@@ -11,23 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from isthmus.align.depend import admit, dependencies, mix
 from isthmus.align.terms import ONE, Product, Sum, concatenation, leaves, product
-from isthmus.align.unify import (
-    Reason,
-    Unknown,
-    admit,
-    blocks,
-    contexts,
-    cut,
-    dependencies,
-    equate,
-    factor,
-    fixed,
-    mix,
-    normal,
-    pin,
-    unknowns,
-)
+from isthmus.align.unify import blocks, cut, equate, factor
+from isthmus.align.unknown import Reason, Unknown, contexts, fixed, normal, pin, unknowns
 
 REASON = Reason("operator", "test", "the test says so")
 INPUT = Reason("input", "input", "an input")

@@ -4,6 +4,7 @@ Loaded by path, since tests share no package: see `test_align_architectures.py`.
 """
 
 from .attention import ATTENTION
+from .channels import CHANNELS
 from .convolution import CONVOLUTION
 from .experts import EXPERTS
 from .gates import GATES
@@ -11,8 +12,11 @@ from .language import LANGUAGE
 from .norms import NORMS
 from .recurrent import RECURRENT
 from .spec import Architecture, matched, multiset
+from .torch_attention import TORCH_ATTENTION
 from .vision import VISION
 
-ARCHITECTURES = ATTENTION | LANGUAGE | VISION | CONVOLUTION | NORMS | GATES | RECURRENT | EXPERTS
+ARCHITECTURES = (
+    ATTENTION | TORCH_ATTENTION | LANGUAGE | VISION | CONVOLUTION | CHANNELS | NORMS | GATES | RECURRENT | EXPERTS
+)
 
 __all__ = ["ARCHITECTURES", "Architecture", "matched", "multiset"]

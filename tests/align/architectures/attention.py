@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .spec import Architecture, vectors, words
+from .spec import Architecture, vectors
 
 
 class Wrapped(nn.Module):
@@ -205,47 +205,6 @@ class Latents(nn.Module):
         return self.head(torch.tanh(self.o(join(seen))).mean(1))
 
 
-class TorchAttention(nn.Module):
-    """`nn.MultiheadAttention` on one stream, without a residual."""
-
-    def __init__(self, batch_first: bool, need_weights: bool) -> None:
-        super().__init__()
-        self.stem = nn.Linear(6, 12)
-        self.attention = nn.MultiheadAttention(12, 3, batch_first=batch_first)
-        self.head, self.need_weights = nn.Linear(12, 4), need_weights
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        return self.head(self.attention(x, x, x, need_weights=self.need_weights)[0])
-
-
-class TorchCrossed(nn.Module):
-    """`nn.MultiheadAttention` on streams of different widths, with a learned key and value for all."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.left, self.right = nn.Linear(6, 12), nn.Linear(5, 10)
-        self.attention = nn.MultiheadAttention(12, 3, kdim=10, vdim=10, add_bias_kv=True, batch_first=True)
-        self.head = nn.Linear(12, 4)
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        y = self.right(y)
-        return self.head(self.attention(self.left(x), y, y)[0])
-
-
-class TorchTransformer(nn.Module):
-    """`nn.Transformer` on words, of one table for both sides."""
-
-    def __init__(self, batch_first: bool) -> None:
-        super().__init__()
-        self.table = nn.Embedding(17, 12)
-        self.body = nn.Transformer(12, 3, 1, 1, 10, batch_first=batch_first)
-        self.head = nn.Linear(12, 4)
-
-    def forward(self, source: Tensor, target: Tensor) -> Tensor:
-        return self.head(self.body(self.table(source), self.table(target)))
-
-
 class LearnedScales(nn.Module):
     """Scores divided by a learned temperature per head, as in Swin v2, and heads mixed by none."""
 
@@ -281,7 +240,7 @@ _PACKED = {
     "step.proj.weight": "stream, heads*vo",
     "stem.bias": "stream",
 }
-_TOKENS = vectors(3, 7, 6)
+TOKENS = vectors(3, 7, 6)
 # Two heads of keys and values move as wholes, each with its three query heads, which move inside it. The keys of a
 # group are read by all its queries: one order of the units for a group, and so for the values.
 _GROUPED: dict[str, tuple[int | str, ...]] = {
@@ -321,82 +280,42 @@ _ROTARY_LAYOUT = {
     "step.v.weight": "heads*vo, stream",
     "step.o.weight": "stream, heads*vo",
 }
-_TORCH = {
-    "self_attn.in_proj_weight": "heads*qk + heads*qk + heads*vo, stream",
-    "self_attn.in_proj_bias": "heads*qk + heads*qk + heads*vo",
-    "self_attn.out_proj.weight": "stream, heads*vo",
-    "linear1.weight": "mlp, stream",
-    "linear2.weight": "stream, mlp",
-    "norm1.weight": "stream",
-}
-# The attention's output is not added to its input: 12 units of their own.
-_TORCH_ALONE = {
-    "stem.weight": "stream, 6",
-    "attention.in_proj_weight": "heads*qk + heads*qk + heads*vo, stream",
-    "attention.in_proj_bias": "heads*qk + heads*qk + heads*vo",
-    "attention.out_proj.weight": "out, heads*vo",
-    "head.weight": "4, out",
-}
-
-
-def _transformer(batch_first: bool) -> Architecture:
-    # The streams of both sides start in the same table, and so have the same order throughout. Three attentions: the
-    # encoder's, the decoder's own, and the decoder's of the encoder.
-    groups: dict[str, tuple[int | str, ...]] = {"stream": STREAM, "mlp": (10, "free"), "dmlp": (10, "free")}
-    layout = {f"body.encoder.layers.0.{name}": axes for name, axes in _TORCH.items()}
-    for prefix in ("", "d", "c"):
-        groups[f"{prefix}heads"] = (3, "heads")
-        groups[f"{prefix}qk"] = groups[f"{prefix}vo"] = (4, "within", f"{prefix}heads")
-    for prefix, name in (("d", "self_attn"), ("c", "multihead_attn")):
-        at = f"body.decoder.layers.0.{name}"
-        qk, vo = f"{prefix}heads*{prefix}qk", f"{prefix}heads*{prefix}vo"
-        layout[f"{at}.in_proj_weight"] = f"{qk} + {qk} + {vo}, stream"
-        layout[f"{at}.out_proj.weight"] = f"stream, {vo}"
-    layout["body.decoder.layers.0.linear2.weight"] = "stream, dmlp"
-    return Architecture(
-        lambda: TorchTransformer(batch_first),
-        lambda g: (words(3, 7)(g), words(3, 5)(g)) if batch_first else (words(7, 3)(g), words(5, 3)(g)),
-        groups,
-        layout,
-    )
-
-
 ATTENTION = {
-    "packed, taken apart by unbind": Architecture(lambda: Wrapped(Packed()), _TOKENS, HEADS, _PACKED),
-    "packed, spelled out": Architecture(lambda: Wrapped(Packed(fused=False)), _TOKENS, HEADS, _PACKED),
-    "packed, chunks and einsum": Architecture(lambda: Wrapped(PackedByChunks()), _TOKENS, HEADS, _PACKED),
+    "packed, taken apart by unbind": Architecture(lambda: Wrapped(Packed()), TOKENS, HEADS, _PACKED),
+    "packed, spelled out": Architecture(lambda: Wrapped(Packed(fused=False)), TOKENS, HEADS, _PACKED),
+    "packed, chunks and einsum": Architecture(lambda: Wrapped(PackedByChunks()), TOKENS, HEADS, _PACKED),
     "packed in each head": Architecture(
         lambda: Wrapped(PackedInHeads()),
-        _TOKENS,
+        TOKENS,
         HEADS,
         {"step.qkv.weight": "heads*(qk + qk + vo), stream", "step.proj.weight": "stream, heads*vo"},
     ),
     # One norm weight serves all heads, so that queries and keys have one order for all of them.
     "packed, with normed queries": Architecture(
         lambda: Wrapped(Packed(norm=True)),
-        _TOKENS,
+        TOKENS,
         HEADS | {"qk": (4, "free")},
         _PACKED | {"step.q_norm.weight": "qk", "step.k_norm.bias": "qk"},
     ),
-    "one key for all queries": Architecture(lambda: Wrapped(OneKey(False)), _TOKENS, _ONE_KEY, _ONE_KEY_LAYOUT),
-    "one key for all queries, fused": Architecture(lambda: Wrapped(OneKey(True)), _TOKENS, _ONE_KEY, _ONE_KEY_LAYOUT),
+    "one key for all queries": Architecture(lambda: Wrapped(OneKey(False)), TOKENS, _ONE_KEY, _ONE_KEY_LAYOUT),
+    "one key for all queries, fused": Architecture(lambda: Wrapped(OneKey(True)), TOKENS, _ONE_KEY, _ONE_KEY_LAYOUT),
     **{
         f"grouped queries, {way}": Architecture(
-            lambda way=way: Wrapped(GroupedQueries(way)), _TOKENS, _GROUPED, _GROUPED_LAYOUT
+            lambda way=way: Wrapped(GroupedQueries(way)), TOKENS, _GROUPED, _GROUPED_LAYOUT
         )
         for way in ("fused", "repeat", "expand")
     },
-    "rotary, interleaved": Architecture(lambda: Wrapped(Rotary()), _TOKENS, _ROTARY, _ROTARY_LAYOUT),
-    "rotary, complex": Architecture(lambda: Wrapped(ComplexRotary()), _TOKENS, _ROTARY, _ROTARY_LAYOUT),
+    "rotary, interleaved": Architecture(lambda: Wrapped(Rotary()), TOKENS, _ROTARY, _ROTARY_LAYOUT),
+    "rotary, complex": Architecture(lambda: Wrapped(ComplexRotary()), TOKENS, _ROTARY, _ROTARY_LAYOUT),
     # Nothing here is softmaxed, but heads are what stands beside the sum over tokens all the same.
     "linear attention": Architecture(
-        lambda: Wrapped(Linearised()), _TOKENS, HEADS | {"heads": (3, "heads|blocks")}, _SEPARATE
+        lambda: Wrapped(Linearised()), TOKENS, HEADS | {"heads": (3, "heads|blocks")}, _SEPARATE
     ),
     # Relative positions go through a layer whose units meet the queries' like the keys. Their 5 entries are kept beside
     # the weights, in a buffer, and may be permuted with the columns that read them.
     "relative shift": Architecture(
         lambda: Wrapped(RelativeShift()),
-        _TOKENS,
+        TOKENS,
         HEADS | {"entries": (5, "free")},
         {
             "step.positions": "7, entries",
@@ -408,7 +327,7 @@ ATTENTION = {
         },
     ),
     "cosine attention": Architecture(
-        lambda: Wrapped(LearnedScales()), _TOKENS, HEADS, _SEPARATE | {"step.scale": "heads, 1, 1"}
+        lambda: Wrapped(LearnedScales()), TOKENS, HEADS, _SEPARATE | {"step.scale": "heads, 1, 1"}
     ),
     "cross attention": Architecture(
         Crossed,
@@ -426,7 +345,7 @@ ATTENTION = {
     # The five vectors are treated alike and averaged: they may change places.
     "latents": Architecture(
         Latents,
-        _TOKENS,
+        TOKENS,
         {**HEADS, "stream": (10, "free"), "latents": (5, "free")},
         {
             "latents": "latents, heads*qk",
@@ -435,43 +354,4 @@ ATTENTION = {
             "o.weight": "stream, heads*vo",
         },
     ),
-    **{
-        f"nn.MultiheadAttention, batch_first={first}, need_weights={weights}": Architecture(
-            lambda first=first, weights=weights: TorchAttention(first, weights),
-            _TOKENS,
-            HEADS | {"out": (12, "free")},
-            _TORCH_ALONE,
-        )
-        for first in (True, False)
-        for weights in (True, False)
-    },
-    "nn.MultiheadAttention, other keys": Architecture(
-        TorchCrossed,
-        lambda g: (vectors(3, 7, 6)(g), vectors(3, 8, 5)(g)),
-        HEADS | {"other": (10, "free"), "out": (12, "free")},
-        {
-            "left.weight": "stream, 6",
-            "right.weight": "other, 5",
-            "attention.q_proj_weight": "heads*qk, stream",
-            "attention.k_proj_weight": "heads*qk, other",
-            "attention.v_proj_weight": "heads*vo, other",
-            "attention.in_proj_bias": "heads*qk + heads*qk + heads*vo",
-            "attention.bias_k": "1, 1, heads*qk",
-            "attention.bias_v": "1, 1, heads*vo",
-            "attention.out_proj.weight": "out, heads*vo",
-        },
-    ),
-    **{
-        f"nn.TransformerEncoderLayer, batch_first={first}, norm_first={norm}": Architecture(
-            lambda first=first, norm=norm: Wrapped(
-                nn.TransformerEncoderLayer(12, 3, 10, batch_first=first, norm_first=norm)
-            ),
-            _TOKENS,
-            HEADS | {"mlp": (10, "free")},
-            {f"step.{name}": axes for name, axes in _TORCH.items()},
-        )
-        for first, norm in ((True, False), (False, True))
-    },
-    "nn.Transformer, batch_first=True": _transformer(True),
-    "nn.Transformer, batch_first=False": _transformer(False),
 }

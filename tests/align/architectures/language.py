@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from .spec import Architecture, words
@@ -182,7 +183,7 @@ LANGUAGE = {
         lambda: language_model("BertForMaskedLM", "BertConfig", **_BERT),
         lambda g: {
             "input_ids": words(3, 7)(g),
-            "attention_mask": words(3, 7)(g).ge(2).index_fill_(1, words(1)(g) * 0, True).long(),
+            "attention_mask": torch.arange(7).lt(torch.tensor([[7], [5], [6]])).long(),
         },
         _repeated(2, HEADS, stream=STREAM),
         _BERT_LAYOUT,
@@ -262,6 +263,8 @@ LANGUAGE = {
             "model.layers.0.self_attn.k_proj.weight": "heads0*4, stream",
             "model.layers.0.self_attn.o_proj.weight": "stream, heads0*vo0",
             "model.layers.1.self_attn.v_proj.weight": "heads1*vo1, stream",
+            "model.layers.0.mlp.up_proj.weight": "mlp0, stream",
+            "model.layers.1.mlp.down_proj.weight": "stream, mlp1",
         },
         tolerance=SINGLE,
     ),
@@ -275,6 +278,9 @@ LANGUAGE = {
             "model.layers.0.self_attn.k_proj.weight": "4, stream",
             "model.layers.0.self_attn.v_proj.weight": "vo0, stream",
             "model.layers.0.self_attn.o_proj.weight": "stream, query0*vo0",
+            "model.layers.0.mlp.gate_proj.weight": "mlp0, stream",
+            "model.layers.1.mlp.down_proj.weight": "stream, mlp1",
+            "model.layers.1.self_attn.o_proj.weight": "stream, query1*vo1",
         },
         tolerance=SINGLE,
     ),
@@ -305,6 +311,9 @@ LANGUAGE = {
             "model.layers.1.self_attn.q_proj.weight": "heads1*(4 + rest1), stream",
             "lm_head.weight": "17, stream",
             "lm_head.bias": "17",
+            "model.layers.0.mlp.fc1.weight": "mlp0, stream",
+            "model.layers.1.mlp.fc2.weight": "stream, mlp1",
+            "model.layers.1.self_attn.dense.weight": "stream, heads1*vo1",
         },
     ),
     # Queries, keys and values lie together head by head, half of the queries' and keys' 8 units rotary.
@@ -336,6 +345,8 @@ LANGUAGE = {
             "gpt_neox.layers.0.attention.dense.weight": "stream, heads0*vo0",
             "gpt_neox.layers.1.attention.query_key_value.weight": "heads1*(4 + rest1 + 4 + rest1 + vo1), stream",
             "lm_head.weight": "17, stream",
+            "gpt_neox.layers.0.mlp.dense_h_to_4h.weight": "mlp0, stream",
+            "gpt_neox.layers.1.mlp.dense_4h_to_h.weight": "stream, mlp1",
         },
     ),
     # Neighbours (2i, 2i + 1) are turned, in the first 4 of each head's 8 units.
@@ -368,6 +379,9 @@ LANGUAGE = {
             "transformer.h.0.attn.k_proj.weight": "heads0*(4 + rest0), stream",
             "transformer.h.0.attn.out_proj.weight": "stream, heads0*vo0",
             "transformer.h.1.attn.k_proj.weight": "heads1*(4 + rest1), stream",
+            "transformer.h.0.mlp.fc_in.weight": "mlp0, stream",
+            "transformer.h.1.mlp.fc_out.weight": "stream, mlp1",
+            "transformer.h.1.attn.out_proj.weight": "stream, heads1*vo1",
         },
         tolerance=SINGLE,
     ),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ast
+import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from isthmus.align import Symmetry
-from isthmus.align.terms import Fixed, Product, Sum, Units
+from isthmus.align.terms import Arranged, Fixed, Product, Sum, Units
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,8 @@ class Architecture:
         groups: By a label: size, kind (several that are equally right joined by "|"), and the labels of the groups
             that it lies within. Groups of one unit are none.
         layout: For parameters, the axes: "heads*qk + heads*vo, stream" is a product followed by another, and then the
-            stream. Numbers are positions that stay.
+            stream. Numbers are positions that stay; "at(a + b, 0, 2, 1, 3)" has at its second place position 2 of the
+            sum.
         tolerance: Relative change of outputs that counts as none; larger where the network computes in float32 inside,
             whatever the type of its weights.
     """
@@ -97,15 +99,15 @@ def matched(found: Symmetry, expected: Architecture) -> list[str]:
     """
     names: dict[str, str] = {}
     differences = []
-    for parameter, axes in expected.layout.items():
+    for parameter, text in expected.layout.items():
         if parameter not in found.layout:
             differences.append(f"{parameter} is no parameter; there are {', '.join(found.layout)}")
             continue
-        wanted = [_canonical(_parse(axis.strip(), expected.groups)) for axis in axes.split(",")]
-        terms = [_canonical(term) for term in found.layout[parameter]]
+        wanted, terms = _parse(text, expected.groups), found.layout[parameter]
         if len(terms) != len(wanted) or not all(_same(w, t, names) for w, t in zip(wanted, terms, strict=True)):
-            differences.append(f"{parameter}: {', '.join(map(_text, terms))} where {axes} is right")
+            differences.append(f"{parameter}: {', '.join(map(_text, terms))} where {text} is right")
     if not differences:
+        differences += [f"{label} stands nowhere in the layout" for label in expected.groups if label not in names]
         for label, name in names.items():
             group = found.by_name[name]
             size, kinds, *within = expected.groups[label]
@@ -118,13 +120,15 @@ def matched(found: Symmetry, expected: Architecture) -> list[str]:
     return differences
 
 
-def _parse(text: str, groups: dict[str, tuple[int | str, ...]]) -> Any:
+def _parse(text: str, groups: Mapping[str, tuple[int | str, ...]]) -> list[Any]:
     def read(node: ast.expr) -> Any:
         match node:
             case ast.BinOp(left, ast.Mult(), right):
                 return Product((read(left), read(right)))
             case ast.BinOp(left, ast.Add(), right):
                 return Sum((read(left), read(right)))
+            case ast.Call(ast.Name("at"), [part, *order]):
+                return Arranged(read(part), tuple(map(ast.literal_eval, order)))
             case ast.Name(label):
                 return Units(label, int(groups[label][0]))
             case ast.Constant(int(size)):
@@ -132,69 +136,45 @@ def _parse(text: str, groups: dict[str, tuple[int | str, ...]]) -> Any:
             case _:
                 raise ValueError(text)
 
-    return read(ast.parse(text, mode="eval").body)
+    parsed = ast.parse(text, mode="eval").body
+    return [read(node) for node in (parsed.elts if isinstance(parsed, ast.Tuple) else [parsed])]
 
 
-def _canonical(term: Any) -> Any:
-    """Rewrite as one sum of products: copies in a row are written out, fixed neighbours joined."""
-    summands = _summands(term)
-    joined: list[Any] = []
-    for summand in summands:
-        if joined and isinstance(summand, Fixed) and isinstance(joined[-1], Fixed):
-            joined[-1] = Fixed(joined[-1].size + summand.size)
-        else:
-            joined.append(summand)
-    return joined[0] if len(joined) == 1 else Sum(tuple(joined))
+Place = tuple[tuple[tuple[str, int], ...], Any]
 
 
-def _summands(term: Any) -> list[Any]:
-    if isinstance(term, Sum):
-        return [summand for part in term.parts for summand in _summands(part)]
-    if not isinstance(term, Product):
-        return [term]
-    factors = list(_factors(term))
-    if all(isinstance(factor, Fixed) for factor in factors):
-        return [Fixed(term.size)]
-    first, rest = factors[0], factors[1:]
-    if isinstance(first, Fixed):
-        return _summands(Product(tuple(rest))) * first.size
-    if isinstance(first, Sum):
-        return [summand for part in first.parts for summand in _summands(Product((part, *rest)))]
-    return [_product([first, *rest])]
-
-
-def _factors(term: Any) -> Iterable[Any]:
-    if isinstance(term, Product):
-        for part in term.parts:
-            yield from _factors(part)
-    elif term.size != 1:
-        yield _canonical(term) if isinstance(term, Sum) else term
-
-
-def _product(factors: list[Any]) -> Any:
-    joined: list[Any] = []
-    for factor in factors:
-        if joined and isinstance(factor, Fixed) and isinstance(joined[-1], Fixed):
-            joined[-1] = Fixed(joined[-1].size * factor.size)
-        else:
-            joined.append(factor)
-    return joined[0] if len(joined) == 1 else Product(tuple(joined))
+def _places(term: Any) -> list[Place]:
+    """Tell for every position the units that it stands for, and what it shares with those it may change places with."""
+    match term:
+        case Units(group, size):
+            return [(((group, unit),), ()) for unit in range(size)]
+        case Fixed(size):
+            return [((), place) for place in range(size)]
+        case Sum(parts):
+            return [(units, (at, kin)) for at, part in enumerate(parts) for units, kin in _places(part)]
+        case Arranged(part, order):
+            places = _places(part)
+            return [places[position] for position in order]
+        case _:
+            rows = itertools.product(*map(_places, term.parts))
+            return [(tuple(unit for units, _ in row for unit in units), tuple(kin for _, kin in row)) for row in rows]
 
 
 def _same(wanted: Any, term: Any, names: dict[str, str]) -> bool:
-    if isinstance(wanted, Units):
-        if not isinstance(term, Units) or wanted.size != term.size:
+    """Compare position by position; a label takes the first name that it meets."""
+    mine, theirs = _places(wanted), _places(term)
+    if len(mine) != len(theirs):
+        return False
+    kin: dict[Any, Any] = {}
+    for (labelled, a), (named, b) in zip(mine, theirs, strict=True):
+        if len(labelled) != len(named) or kin.setdefault(a, b) != b:
             return False
-        if wanted.group not in names and term.group not in names.values():
-            names[wanted.group] = term.group
-        return names.get(wanted.group) == term.group
-    if isinstance(wanted, Fixed):
-        return wanted == term
-    return (
-        type(wanted) is type(term)
-        and len(wanted.parts) == len(term.parts)
-        and all(_same(w, t, names) for w, t in zip(wanted.parts, term.parts, strict=True))
-    )
+        for (label, unit), (name, other) in zip(labelled, named, strict=True):
+            if label not in names and name not in names.values():
+                names[label] = name
+            if names.get(label) != name or unit != other:
+                return False
+    return len(set(kin.values())) == len(kin)
 
 
 def _text(term: Any) -> str:
@@ -205,5 +185,7 @@ def _text(term: Any) -> str:
             return str(size)
         case Product(parts):
             return "*".join(f"({_text(part)})" if isinstance(part, Sum) else _text(part) for part in parts)
+        case Arranged(part, order):
+            return f"at({_text(part)}, {', '.join(map(str, order))})"
         case _:
             return " + ".join(map(_text, term.parts))
