@@ -255,10 +255,10 @@ ARCHITECTURES: dict[str, Architecture] = {
         "MobileViTForImageClassification",
         "MobileViTConfig",
         {
-            **{"image_size": 64, "hidden_sizes": [16, 24, 32], "num_attention_heads": 2},
+            **{"image_size": 128, "hidden_sizes": [16, 24, 32], "num_attention_heads": 2},
             "neck_hidden_sizes": [8, 8, 12, 12, 16, 16, 32],
         },
-        "large image",
+        "huge image",
     ),
     "poolformer": A(
         "PoolFormerForImageClassification",
@@ -292,7 +292,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         "CLIPModel",
         "CLIPConfig",
         {
-            "text_config": {**TEXT, "projection_dim": 16},
+            "text_config": {**TEXT, "projection_dim": 16, "eos_token_id": 2},  # it looks where the largest id is
             "vision_config": {**VISION, "projection_dim": 16},
             "projection_dim": 16,
         },
@@ -321,6 +321,7 @@ def example(inputs: str) -> dict[str, Tensor]:
         "pair": {**ids, "decoder_input_ids": ids["input_ids"]},
         "image": {"pixel_values": noise(3, 32, 32)},
         "large image": {"pixel_values": noise(3, 64, 64)},
+        "huge image": {"pixel_values": noise(3, 128, 128)},
         "ids and image": {**ids, "pixel_values": noise(3, 32, 32)},
         "spectrogram": {"input_features": noise(8, 40), "decoder_input_ids": ids["input_ids"]},
         "waveform": {"input_values": noise(400)},

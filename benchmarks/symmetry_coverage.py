@@ -2,6 +2,7 @@
 
     python benchmarks/symmetry_coverage.py [--library torchvision|timm|transformers] [--only NAME ...] [--quick]
                                            [--jobs 1] [--limit 900] [--no-verify] [--json FILE] [--markdown]
+    python benchmarks/symmetry_coverage.py --show FILE ... [--markdown]
     python benchmarks/symmetry_coverage.py --timing [--json FILE] [--markdown]
 
 It runs all classification models of torchvision, the smallest variant of every family of timm, and the architectures
@@ -270,6 +271,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-verify", action="store_true")
     parser.add_argument("--timing", action="store_true", help="measure time and its growth with depth instead")
     parser.add_argument("--json", type=Path, help="one line for each model, written as it is done")
+    parser.add_argument("--show", type=Path, nargs="+", metavar="FILE", help="only show what --json has written")
     parser.add_argument("--markdown", action="store_true")
     return parser.parse_args(arguments)
 
@@ -281,6 +283,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         import survey_timing
 
         return survey_timing.run(options.json, lambda headings, lines: table(headings, lines, options.markdown))
+    if options.show:
+        rows = [json.loads(line) for file in options.show for line in file.read_text().splitlines()]
+        show(rows, options.markdown)
+        return failed(rows)
     models = listed(options.library or LIBRARIES, quick=options.quick, only=options.only)
     with options.json.open("w", buffering=1) if options.json else nullcontext() as file:
 
@@ -290,6 +296,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         rows = survey(models, verify=not options.no_verify, jobs=options.jobs, limit=options.limit, done=done)
     show(rows, options.markdown)
+    return failed(rows)
+
+
+def failed(rows: Iterable[Row]) -> int:
+    """Give the exit code: 1 if any verification failed."""
     return int(any(not row.get("passed", True) for row in rows))
 
 
