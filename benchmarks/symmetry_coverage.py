@@ -31,6 +31,7 @@ from typing import Any
 
 from survey_worker import LIBRARIES
 
+TOLERANCE = 1e-8  # of a check, where rounding allows it
 HERE = Path(__file__).resolve().parent
 Row = dict[str, Any]
 
@@ -135,7 +136,8 @@ def outcome(row: Row) -> str:
         return f"{row['stage']}: {row['message']}"
     if "passed" not in row:
         return "traced"
-    return f"verified, {row['error']:.0e}" if row["passed"] else f"FAILED: {row['message']}"
+    within = f" at a tolerance of {row['tolerance']:.0e}" if coarse(row) else ""
+    return f"verified, {row['error']:.0e}{within}" if row["passed"] else f"FAILED: {row['message']}"
 
 
 def summary(rows: Iterable[Row]) -> Row:
@@ -147,6 +149,7 @@ def summary(rows: Iterable[Row]) -> Row:
         "models": len(rows),
         "traced": len(traced),
         "verified": sum(row["passed"] for row in checked),
+        "coarse": sum(row["passed"] and coarse(row) for row in checked),
         "failed": sum(not row["passed"] for row in checked),
         "unruled": sum(bool(row["unruled"]) for row in traced),
         "share": [middle(row["share"] for row in traced), min((row["share"] for row in traced), default=math.nan)],
@@ -157,6 +160,11 @@ def summary(rows: Iterable[Row]) -> Row:
         ],
         "megabytes": max((growth(row) for row in traced), default=math.nan),
     }
+
+
+def coarse(row: Row) -> bool:
+    """Whether the check had to count more than usual as unchanged, because rounding alone changes that much."""
+    return row.get("tolerance", TOLERANCE) > TOLERANCE
 
 
 def middle(values: Iterable[float]) -> float:
@@ -175,6 +183,8 @@ def cells(row: Row) -> list[str]:
     if row["status"] != "traced":
         return [row["name"], f"{row['stage']}: {row['message']}"[:90], *[""] * 7]
     checked = (f"{row['error']:.0e}" if row["passed"] else "FAILED") if "passed" in row else "–"
+    if row.get("passed") and coarse(row):
+        checked += f" (tolerance {row['tolerance']:.0e})"
     pinned = ", ".join(f"{operator} {count}" for operator, count in row["unruled"].items()) or "none"
     return [
         row["name"],
@@ -209,7 +219,8 @@ def table(headings: Sequence[str], lines: Iterable[Sequence[str]], markdown: boo
 
 
 SUMMARY = [
-    *("library", "models", "traced", "verified", "failed verification", "with something unruled"),
+    *("library", "models", "traced", "verified", "of these at a coarser tolerance", "failed verification"),
+    "with something unruled",
     *("movable, median (least)", "largest error", "seconds, median (most)", "MB on top of the model, most"),
 ]
 
@@ -221,7 +232,7 @@ def summary_cells(library: str, counted: Row) -> list[str]:
     usual, longest = counted["seconds"]
     return [
         *(library, str(counted["models"]), traced),
-        *(str(counted[key]) for key in ("verified", "failed", "unruled")),
+        *(str(counted[key]) for key in ("verified", "coarse", "failed", "unruled")),
         *(f"{100 * typical:.1f} % ({100 * least:.1f} %)", f"{counted['error']:.0e}"),
         *(f"{usual:.2f} ({longest:.1f})", f"{counted['megabytes']:.0f}"),
     ]

@@ -50,7 +50,7 @@ def test_every_quick_model_is_traced_proved_and_ruled(quick: tuple[list[dict[str
     for row in rows:
         assert row["status"] == "traced", row
         assert row["passed"], row
-        assert row["error"] < 1e-8, row
+        assert row["error"] <= row["tolerance"] == 1e-8, row
         assert row["unruled"] == {}, row
         assert row["groups"] > 1, row
         assert 0.9 < row["share"] <= 1, row
@@ -117,6 +117,16 @@ def test_a_failed_check_fails_the_run(coverage: Any, monkeypatch: pytest.MonkeyP
     assert coverage.main(["--show", str(tmp_path / "rows")]) == 1
     monkeypatch.setattr(coverage.Worker, "measure", lambda *_: {**wrong, "passed": True})
     assert coverage.main([]) == 0
+
+
+def test_a_check_at_a_coarser_tolerance_is_shown_as_such(coverage: Any) -> None:
+    row = {"library": "timm", "name": "a", "status": "traced", "parameters": 10, "groups": 1, "share": 0.5}
+    row |= {"unruled": {}, "held": {}, "seconds": 1.0, "passed": True, "error": 1e-6, "tolerance": 1e-5}
+    fine = {**row, "error": 1e-15, "tolerance": 1e-8}
+    assert coverage.summary([row, fine])["coarse"] == 1
+    assert "1e-06 (tolerance 1e-05)" in coverage.cells(row)
+    assert "tolerance" not in coverage.outcome(fine)
+    assert "tolerance of 1e-05" in coverage.outcome(row)
 
 
 def test_names_that_are_in_no_table_are_refused(coverage: Any) -> None:
