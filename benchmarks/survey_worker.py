@@ -70,8 +70,8 @@ def measure(library: str, name: str, *, verify: bool = True) -> dict[str, Any]:
         `kinds`, `share` of the parameters with an axis that can be permuted; `unruled` and `held`, the axes pinned for
         want of a rule and by a rule that found no structure, by operator, with `reasons`, one for each of the latter;
         `seconds` of the derivation, `peak_megabytes` of the process meanwhile and `loaded_megabytes` before. With
-        `verify` also `passed`, `error`, `sensitivity`, `tolerance` (what counted as unchanged), `verify_seconds` and, if
-        it failed, `message`.
+        `verify` also `passed`, `error`, `sensitivity`, `tolerance` (what counted as unchanged), `verify_seconds` and,
+        if it failed, `message`.
     """
     row: dict[str, Any] = {"library": library, "name": name}
     torch.manual_seed(0)
