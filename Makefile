@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-ROOMS := base zoo metrics align merge isthmus isthmus/commands
+ROOMS := base zoo metrics align align/units merge isthmus isthmus/commands
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .PHONY: demo test lint format bench survey studies notebooks clean
@@ -10,8 +10,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 demo: $(VENV)/.linked
 	$(BIN)/isthmus demo
 
+# One thread for each process: more would wait for one another.
 test: lint
-	$(BIN)/pytest --cov --cov-report=term
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 8 --cov --cov-report=term
 
 lint: $(VENV)/.linked
 	$(BIN)/ruff check .
