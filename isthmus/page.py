@@ -1,10 +1,12 @@
-"""The page that a report fills in: its structure and its style."""
+"""The page of a report: its structure and its style."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from html import escape
 from string import Template
 
-PAGE = Template("""<!DOCTYPE html>
+_PAGE = Template("""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -73,32 +75,28 @@ $tiles
 </dl>
 </header>
 <main>
-<section class="figures" aria-label="Figures">
-$figures
-</section>
-<section class="columns">
-<div><h2>Networks</h2>
-$networks
-</div>
-<div><h2>Barriers</h2>
-$barriers
-</div>
-</section>
-<section class="columns small">
-<div><h2>Units matched</h2>
-$groups
-</div>
-<div><h2>Files</h2>
-$files
-</div>
-<div><h2>Settings</h2>
-$settings
-</div>
-<div><h2>Versions</h2>
-$versions
-</div>
-</section>
+$main
 </main>
 </body>
 </html>
 """)
+
+
+def page(title: str, lead: str, tiles: Sequence[tuple[str, str]], sections: Iterable[str]) -> str:
+    """Lay out a report: one self-contained page that fetches nothing.
+
+    Args:
+        title: What was found, in a sentence.
+        lead: What was done, in a paragraph.
+        tiles: The few figures that matter most, each with what it is.
+        sections: Elements, from `elements`.
+
+    >>> "<h1>A &lt; B</h1>" in page("A < B", "Measured on nothing.", [("barrier", "0.1")], [])
+    True
+    """
+    return _PAGE.substitute(
+        title=escape(title),
+        lead=escape(lead),
+        tiles="\n".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in tiles),
+        main="\n".join(sections),
+    )

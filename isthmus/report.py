@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import platform
-from collections.abc import Mapping, Sequence
-from html import escape
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
+from isthmus.base.files import PathLike, make_folder, write_atomic
 
-from isthmus.base.files import PathLike, make_folder, sha256, write_atomic
-
-from . import figures
-from .page import PAGE
+from . import elements, figures
+from .page import page
 from .plain import dumps, number, percent
+from .provenance import describe_files, versions
 from .study import Study
 
 
@@ -44,46 +40,29 @@ def write_report(study: Study, folder: PathLike, *, files: Mapping[str, PathLike
     'report.html'
     """
     folder = make_folder(folder)
-    content = study.to_dict() | {"files": _files(files or {}), "versions": _versions()}
-    page = PAGE.substitute(
-        title=escape(study.verdict),
-        lead=_lead(study),
-        tiles=_tiles(study),
-        figures="\n".join(_figures(study)),
-        networks=_networks(study),
-        barriers=_barriers(study),
-        groups=_groups(study),
-        files=_file_list(content["files"]),
-        settings=_pairs(_settings(study)),
-        versions=_pairs(content["versions"]),
-    )
-    write_atomic(folder / "report.json", lambda path: path.write_text(dumps(content, indent=1), encoding="utf-8"))
-    return write_atomic(folder / "report.html", lambda path: path.write_text(page, encoding="utf-8"))
-
-
-def _files(files: Mapping[str, PathLike]) -> list[dict[str, Any]]:
-    return [
-        {"role": role, "name": Path(path).name, "sha256": sha256(path), "bytes": Path(path).stat().st_size}
-        for role, path in files.items()
+    content = study.to_dict() | {"files": describe_files(files or {}), "versions": versions()}
+    sections = [
+        elements.figures_section(_figures(study)),
+        elements.columns_section({"Networks": _networks(study), "Barriers": _barriers(study)}),
+        elements.columns_section(
+            {
+                "Units matched": _groups(study),
+                "Files": elements.file_list(content["files"]),
+                "Settings": elements.pairs(_settings(study)),
+                "Versions": elements.pairs(content["versions"]),
+            },
+            small=True,
+        ),
     ]
-
-
-def _versions() -> dict[str, str]:
-    from . import __version__
-
-    return {
-        "isthmus": __version__,
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "Python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}",
-    }
+    html = page(study.verdict, _lead(study), _tiles(study), sections)
+    write_atomic(folder / "report.json", lambda path: path.write_text(dumps(content, indent=1), encoding="utf-8"))
+    return write_atomic(folder / "report.html", lambda path: path.write_text(html, encoding="utf-8"))
 
 
 def _lead(study: Study) -> str:
     settings = study.settings
     how = "their weights" if settings["method"] == "weights" else f"their activations on {settings['match_data']}"
-    return escape(
+    return (
         f"Two networks, A and B ({settings['architecture']}, {settings['parameters']:,} parameters each), were "
         f"measured on {settings['eval_data']} ({settings['samples']:,} samples), at {settings['points']} points of the "
         f"straight line between them: with B as trained, and with its units brought into the order of A's by {how}. "
@@ -100,19 +79,21 @@ def _repair_note(study: Study) -> str:
     )
 
 
-def _tiles(study: Study) -> str:
-    tiles = [
+def _tiles(study: Study) -> list[tuple[str, str]]:
+    return [
         ("Loss barrier, B as trained", number(study.naive.barrier)),
         ("Loss barrier, B matched", number(study.matched.barrier)),
         ("Accuracy of the naive average", percent(study.networks["naive average"]["metric"])),
         ("Accuracy of the merged network", percent(study.networks["merged"]["metric"])),
     ]
-    return "\n".join(f"<div><dt>{name}</dt><dd>{escape(value)}</dd></div>" for name, value in tiles)
 
 
 def _figures(study: Study) -> list[str]:
     drawn = figures.study_figures(study)
-    return [_figure(name, drawn[name], *words) for name, words in _captions(study).items()]
+    return [
+        elements.figure(figures.svg(drawn[name], name, alt), heading, caption)
+        for name, (heading, caption, alt) in _captions(study).items()
+    ]
 
 
 def _captions(study: Study) -> dict[str, tuple[str, str, str]]:
@@ -157,13 +138,6 @@ def _captions(study: Study) -> dict[str, tuple[str, str, str]]:
 _POSITIONS = {"mean": "averaged", "samples": "counted as samples", "features": "counted as features"}
 
 
-def _figure(name: str, drawn: Any, heading: str, caption: str, alt: str) -> str:
-    return (
-        f"<figure>\n<h3>{heading}</h3>\n<div class='card'>{figures.svg(drawn, name, alt)}</div>\n"
-        f"<figcaption>{escape(caption)}</figcaption>\n</figure>"
-    )
-
-
 def _networks(study: Study) -> str:
     names = {"A": "network A", "B": "network B", "naive average": "average as trained", "merged": "merged"}
     repaired = f", repaired ({study.settings['repair']})" if study.settings["repair"] else ""
@@ -171,7 +145,7 @@ def _networks(study: Study) -> str:
         (names[name] + (repaired if name == "merged" else ""), number(found["loss"]), percent(found["metric"]))
         for name, found in study.networks.items()
     ]
-    return _table(("network", "loss", "accuracy"), rows)
+    return elements.table(("network", "loss", "accuracy"), rows)
 
 
 def _barriers(study: Study) -> str:
@@ -179,7 +153,7 @@ def _barriers(study: Study) -> str:
         (name, number(path.barrier), number(path.accuracy_barrier), percent(path.midpoint_accuracy))
         for name, path in study.paths.items()
     ]
-    return _table(("path to B", "loss barrier", "accuracy barrier", "accuracy at\u00a0½"), rows)
+    return elements.table(("path to B", "loss barrier", "accuracy barrier", "accuracy at\u00a0½"), rows)
 
 
 def _groups(study: Study) -> str:
@@ -188,7 +162,7 @@ def _groups(study: Study) -> str:
         missing = int(scores.isnan().sum())
         note = f" ({missing} without a score)" if missing else " (by weights)" if _fell_back(study, name) else ""
         rows.append((name + note, str(len(scores)), number(study.mean_scores[name])))
-    return _table(("group", "units", "mean score"), rows)
+    return elements.table(("group", "units", "mean score"), rows)
 
 
 def _fell_back(study: Study, group: str) -> bool:
@@ -207,28 +181,3 @@ def _settings(study: Study) -> dict[str, Any]:
         "measured on": settings["eval_data"],
         "matched or repaired on": settings["match_data"] or "no data",
     }
-
-
-def _table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th scope='col'>{escape(name)}</th>" for name in headers)
-    body = "\n".join(
-        f"<tr><th scope='row'>{escape(row[0])}</th>{''.join(f'<td>{escape(cell)}</td>' for cell in row[1:])}</tr>"
-        for row in rows
-    )
-    return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>"
-
-
-def _pairs(values: Mapping[str, Any]) -> str:
-    rows = "\n".join(f"<dt>{escape(name)}</dt><dd>{escape(str(value))}</dd>" for name, value in values.items())
-    return f"<dl class='pairs'>\n{rows}\n</dl>"
-
-
-def _file_list(files: Sequence[Mapping[str, Any]]) -> str:
-    if not files:
-        return "<p>The networks were given in memory, not as files.</p>"
-    items = "\n".join(
-        f"<li><strong>{escape(file['name'])}</strong> {escape(file['role'])}, {file['bytes']:,} bytes"
-        f"<code>sha256 {file['sha256']}</code></li>"
-        for file in files
-    )
-    return f"<ul class='files'>\n{items}\n</ul>"
