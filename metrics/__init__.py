@@ -6,6 +6,7 @@ from .cka import CKA, cka, cka_from_moments
 from .collect import collect
 from .compare import compare
 from .cost import plan
+from .folds import UnitFolds, unit_folds
 from .gram import Gram
 from .hsic import HSIC, hsic
 from .index import Index, Invariances
@@ -45,6 +46,7 @@ __all__ = [
     "Procrustes",
     "Similarity",
     "SoftMatching",
+    "UnitFolds",
     "as_samples",
     "bures",
     "capture",
@@ -74,4 +76,5 @@ __all__ = [
     "svcca",
     "training_map",
     "unit_correlation",
+    "unit_folds",
 ]

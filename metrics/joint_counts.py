@@ -351,18 +351,14 @@ class JointCounts:
         Raises:
             OutputError: The file cannot be written.
         """
-        content = {
-            "bins": self.bins,
-            "max_bytes": self.max_bytes,
-            "every_pair": self._every_pair,
-            "given": self._given,
-            "pairs": self._pairs,
-            "edges": list(self._edges),
-            "names": list(self._single),
-        }
+        return write_state(path, _FORMAT, *self._to_file())
+
+    def _to_file(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        content = {"bins": self.bins, "max_bytes": self.max_bytes, "every_pair": self._every_pair}
+        content |= {"given": self._given, "pairs": self._pairs, "edges": list(self._edges), "names": list(self._single)}
         parts = {"edges": self._edges, "single": self._single, "joint": self._joint}
         tensors = {f"{part}.{index}": x for part, state in parts.items() for index, x in enumerate(state.values())}
-        return write_state(path, _FORMAT, content, tensors)
+        return content, tensors
 
     @classmethod
     def load(cls, path: PathLike, device: torch.device | str = "cpu") -> JointCounts:

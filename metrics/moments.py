@@ -294,6 +294,9 @@ class Moments:
         Raises:
             OutputError: The file cannot be written.
         """
+        return write_state(path, _FORMAT, *self._to_file())
+
+    def _to_file(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         tensors = {f"product.{index}": self._products[pair] for index, pair in enumerate(self._products)}
         for index, sums in enumerate(self._sums.values()):
             tensors |= {f"{part}.{index}": getattr(sums, part) for part in ("shift", "mean", "squares")}
@@ -303,7 +306,7 @@ class Moments:
             "every_pair": self._every_pair,
             "product_dtype": str(self.product_dtype).removeprefix("torch."),
         }
-        return write_state(path, _FORMAT, content, tensors)
+        return content, tensors
 
     @classmethod
     def load(cls, path: PathLike, device: torch.device | str = "cpu") -> Moments:

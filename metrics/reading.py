@@ -26,6 +26,7 @@ from .capture import (
     masks,
     unit_axes,
 )
+from .owners import row_owners
 
 Layers = str | Iterable[str] | None
 MaskNames = str | Mapping[str, str] | None
@@ -124,6 +125,10 @@ class Reader:
         # Fixed by the first batch, so that a coincidence of sizes in a later one changes no meaning.
         self._axes: dict[str, int | None] = {}
         self._of_tokens: dict[str, bool] = {}
+        # Of the latest batch: activation, number of rows before any were drawn, and the mask whose tokens they are.
+        self._latest: dict[str, tuple[Tensor, int, Tensor | None]] = {}
+        self._drawn: dict[int, Tensor] = {}
+        self._count = 0
 
     @property
     def names(self) -> tuple[tuple[str, ...], ...]:
@@ -189,18 +194,35 @@ class Reader:
         found = self.masks(batch)
         for model in self._captured:
             batch.call(model)
+        self._count = len(batch)
         if not self.layers:
-            self._choose(len(batch))
+            self._choose(self._count)
         samples: dict[str, Tensor] = {}
         for side, own, names in zip(self._sides, self.layers, self.names, strict=True):
             for key, name in zip(own, names, strict=True):
                 if name not in samples:
-                    samples[name] = self._read(side, key, name, found, len(batch))
-        drawn: dict[int, Tensor] = {}
+                    samples[name] = self._read(side, key, name, found, self._count)
+        self._drawn = {}
         if self._subsample is not None:
-            samples = {name: self._draw(rows, drawn) for name, rows in samples.items()}
+            samples = {name: self._draw(rows) for name, rows in samples.items()}
         self._batches += 1
         return samples
+
+    def owners(self, name: str) -> Tensor:
+        """Tell which sample of the latest batch each row of a layer is of: (rows,) in int64, rising.
+
+        Args:
+            name: The layer, prefix included.
+
+        Raises:
+            DataError: The first axis of its activation is not that of the samples.
+            LayerNotFoundError: No such layer was read.
+        """
+        if name not in self._latest:
+            raise LayerNotFoundError(f"no layer {name!r} was read{nearest(name, self._latest)}")
+        activation, rows, mask = self._latest[name]
+        owners = row_owners(activation, rows, self._count, mask, name)
+        return owners if self._subsample is None else owners[self._drawn[rows].to(owners.device)]
 
     def _choose(self, count: int) -> None:
         layers = []
@@ -223,12 +245,14 @@ class Reader:
             # One row per sample and one per token look alike where there is one token.
             flat = activation.ndim == 2 and mask.shape[1] == 1
             self._of_tokens[name] = masks(mask, activation, axis) and not flat
-        masked = self._of_tokens.get(name, False)
-        return as_samples(activation, self._positions, unit_axis=axis, mask=mask if masked else None, name=name)
+        mask = mask if self._of_tokens.get(name, False) else None
+        rows = as_samples(activation, self._positions, unit_axis=axis, mask=mask, name=name)
+        self._latest[name] = activation, len(rows), mask if self._positions == "samples" else None
+        return rows
 
-    def _draw(self, rows: Tensor, drawn: dict[int, Tensor]) -> Tensor:
+    def _draw(self, rows: Tensor) -> Tensor:
         assert self._subsample is not None
-        count = len(rows)
+        count, drawn = len(rows), self._drawn
         if count not in drawn:
             # Made of the batch and the number of rows alone: the same rows whatever other layers are read.
             generator = torch.Generator().manual_seed(hash((self._seed, self._batches, count)) & (1 << 62) - 1)
