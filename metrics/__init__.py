@@ -6,6 +6,7 @@ from .cka import CKA, cka, cka_from_moments
 from .collect import collect
 from .compare import compare
 from .cost import plan
+from .coupling import soft_coupling
 from .folds import UnitFolds, unit_folds
 from .gram import Gram
 from .hsic import HSIC, hsic
@@ -22,7 +23,7 @@ from .regression import LinearRegression, linear_regression
 from .rsa import RSA, rdm, rsa
 from .similarity import similarity
 from .similarity_map import Similarity
-from .soft_matching import SoftMatching, soft_coupling, soft_matching
+from .soft_matching import SoftMatching, soft_matching
 from .tiles import cka_from_gram, hsic_from_gram
 from .units import mutual_information, unit_correlation
 
