@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import isthmus.align as align
     import isthmus.metrics as metrics
     import isthmus.zoo as zoo
-    from isthmus.align import Matching, Permutation, Symmetry, match, symmetry
+    from isthmus.align import Correspondence, Matching, Permutation, Symmetry, correspond, match, symmetry
     from isthmus.merge import connect, merge, repair
     from isthmus.metrics import Moments, compare
 
@@ -32,6 +32,7 @@ if not (_here / "align").exists() and (_here.parent / "align" / "__init__.py").e
     __path__.append(str(_here.parent))
 
 __all__ = [
+    "Correspondence",
     "Matching",
     "Moments",
     "Permutation",
@@ -40,6 +41,7 @@ __all__ = [
     "align",
     "compare",
     "connect",
+    "correspond",
     "match",
     "merge",
     "metrics",
@@ -51,12 +53,14 @@ __all__ = [
 # `merge` is a room and a function: the room itself can be called.
 _ROOMS = ("align", "merge", "metrics", "zoo")
 _ROOM_OF = {
+    "Correspondence": "align",
     "Matching": "align",
     "Moments": "metrics",
     "Permutation": "align",
     "Symmetry": "align",
     "compare": "metrics",
     "connect": "merge",
+    "correspond": "align",
     "match": "align",
     "repair": "merge",
     "symmetry": "align",

@@ -26,6 +26,7 @@ COMMANDS = {
     "connect": "Measure loss and accuracy on the straight path between A and B.",
     "merge": "Align, average and measure two networks or more.",
     "compare": "Compare the representations of the layers of A and B.",
+    "units": "Match, predict and cluster the units of layers of A and B, and show them.",
 }
 
 

@@ -18,10 +18,16 @@ def columns_section(columns: Mapping[str, str], small: bool = False) -> str:
     return f'<section class="columns{" small" if small else ""}">\n{parts}\n</section>'
 
 
-def figure(picture: str, heading: str, caption: str) -> str:
-    """Show a picture, an element already, with its caption."""
+def headed(heading: str, element: str) -> str:
+    """Put an element under a heading, in a section of its own."""
+    return f"<section><h2>{escape(heading)}</h2>\n{element}\n</section>"
+
+
+def figure(picture: str, heading: str, caption: str, wide: bool = False) -> str:
+    """Show a picture, an element already, with its caption; a wide one across all columns."""
+    kind = ' class="wide"' if wide else ""
     return (
-        f"<figure>\n<h3>{escape(heading)}</h3>\n<div class='card'>{picture}</div>\n"
+        f"<figure{kind}>\n<h3>{escape(heading)}</h3>\n<div class='card'>{picture}</div>\n"
         f"<figcaption>{escape(caption)}</figcaption>\n</figure>"
     )
 

@@ -35,7 +35,7 @@ _PATH_STYLES = {
     "matched and repaired": {"color": "#009E73", "linestyle": "--"},
 }
 _GROUP_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
-_STYLE = {
+STYLE = {
     "font.size": 9.5,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -120,7 +120,7 @@ def symmetry_figure(symmetry: Symmetry) -> Figure:
 def study_figures(study: Study) -> dict[str, Figure]:
     """Draw all figures of a report."""
     label = "cosine similarity of weights" if study.matching.method == "weights" else "correlation of activations"
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         return {
             "loss": path_figure(study.paths, "loss"),
             "accuracy": path_figure(study.paths, "accuracy"),
@@ -138,7 +138,7 @@ def svg(figure: Figure, name: str, alt: str) -> str:
         alt: What the figure shows, in words.
     """
     buffer = io.StringIO()
-    with rc_context(_STYLE | {"svg.hashsalt": name}):
+    with rc_context(STYLE | {"svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
@@ -175,5 +175,5 @@ def check_format(path: PathLike) -> str:
 
 def _axes(height: float = 3.2) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(4.6, height), layout="constrained")
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         return figure, figure.subplots()

@@ -44,6 +44,7 @@ section { margin-top: 3rem; }
 .tiles dd { margin: .15rem 0 0; font: 500 1.9rem/1.2 var(--display); font-variant-numeric: tabular-nums; }
 .figures, .columns { display: grid; gap: 2.5rem; grid-template-columns: minmax(0, 1fr); }
 figure { margin: 0; min-width: 0; }
+.wide { grid-column: 1 / -1; }
 .card { background: var(--card); border: 1px solid var(--rule); border-radius: 6px; padding: .6rem; }
 .card svg { display: block; width: 100%; height: auto; }
 .card svg text { font-family: var(--text) !important; }

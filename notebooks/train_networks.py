@@ -1,8 +1,8 @@
-"""Train the networks of `layer_similarity.ipynb` and keep them: `python notebooks/train_networks.py`.
+"""Train the networks of the notebooks and keep them: `python notebooks/train_networks.py`.
 
 Each network is a file in a cache folder (`ISTHMUS_CACHE`, else `~/.cache/isthmus`); what is there already is not
-trained again, so an interrupted run goes on where it stopped. The full set takes about 80 minutes on one core with
-bfloat16 units. With `ISTHMUS_QUICK=1` it is a small set on the embedded digits, half a minute: enough to run every
+trained again, so an interrupted run goes on where it stopped. The full set takes about two hours on one core with
+bfloat16 units, of which `convergent_learning.ipynb` needs a third (`wide-0` to `wide-3`). With `ISTHMUS_QUICK=1` it is a small set on the embedded digits, half a minute: enough to run every
 cell, not to show what the notebook shows.
 """
 
@@ -91,6 +91,9 @@ def plans() -> Iterator[Plan]:
     for width in WIDTHS:
         for seed in SEEDS[:2] if width != WIDTH else ():
             yield Plan(f"width{width}-{seed}", "main", seed, _seeded(recipe, seed), width=width)
+    for seed in SEEDS[:4]:
+        brief = dataclasses.replace(recipe, epochs=2 if QUICK else 6)
+        yield Plan(f"wide-{seed}", "main", seed, _seeded(brief, seed), width=3 * WIDTH)
     for repeat in REPEATS[1:]:
         shorter = dataclasses.replace(recipe, epochs=2 if QUICK else 6)
         yield Plan(f"repeat{repeat}-0", "main", 0, shorter, repeat=repeat)

@@ -123,6 +123,7 @@ class Clusters:
         rows = self._rows()
         values = self.affinity.values.cpu()[rows][:, rows].numpy()
         image = ax.imshow(values, cmap="viridis", vmin=0)
+        ax.grid(False)
         start = -0.5
         for size in self.sizes.sum(1).tolist():
             ax.add_patch(Rectangle((start, start), size, size, fill=False, edgecolor="red", linewidth=1))
