@@ -27,6 +27,7 @@ bench: $(VENV)/.linked
 	$(PIP) install -c constraints.txt --no-build-isolation -e ".[bench]" --config-settings editable_mode=strict
 	$(BIN)/python benchmarks/foundation.py
 	$(BIN)/python benchmarks/similarity.py
+	$(BIN)/python benchmarks/units.py
 
 # Both come without what they depend on: torchvision would bring another build of torch.
 survey: $(VENV)/.linked

@@ -94,7 +94,7 @@ def measure(section: Section, runner: Runner, rounds: int) -> list[Row]:
     for _ in range(rounds):
         for tool, done in runs.items():
             done.append(runner({"kind": section.kind, "tool": tool, "size": section.size}))
-    rows = [{"section": section.letter, "tool": tool} | summary(done) for tool, done in runs.items()]
+    rows: list[Row] = [{"section": section.letter, "tool": tool, **summary(done)} for tool, done in runs.items()]
     for row in rows:
         if "seconds" in row and "seconds" in rows[0]:
             row["times_ours"] = row["seconds"] / rows[0]["seconds"]

@@ -23,9 +23,9 @@ def soft_coupling(similarity: Tensor | ArrayLike) -> Tensor:
     """Find the coupling of the units of two representations with the largest total similarity.
 
     max Σ T_ij s_ij over T ≥ 0 with row sums 1/p and column sums 1/q. Exact, and where only one coupling is best, at
-    most p + q - 1 entries are not zero. Where a small multiple of both counts exists it is an assignment of copies of the units; else a vertex of the
-    transport polytope by the network simplex, if POT is installed (`pip install isthmus[transport]`), or by linear
-    programming, optimal to 1e-9 of the largest similarity: 0.1 and 8 seconds for 768 x 1000, on the CPU.
+    most p + q - 1 entries are not zero. Where p and q have a small common multiple it is an assignment of copies of the
+    units; else a vertex of the transport polytope by the network simplex, if POT is installed (the extra "transport"),
+    or by linear programming, optimal to 1e-9 of the largest similarity: 0.1 and 8 seconds for 768 x 1000, on the CPU.
 
     Args:
         similarity: (p x q), finite.

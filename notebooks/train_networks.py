@@ -2,7 +2,8 @@
 
 Each network is a file in a cache folder (`ISTHMUS_CACHE`, else `~/.cache/isthmus`); what is there already is not
 trained again, so an interrupted run goes on where it stopped. The full set takes about two hours on one core with
-bfloat16 units, of which `convergent_learning.ipynb` needs a third (`wide-0` to `wide-3`). With `ISTHMUS_QUICK=1` it is a small set on the embedded digits, half a minute: enough to run every
+bfloat16 units, of which `convergent_learning.ipynb` needs a third (`wide-0` to `wide-3`). With `ISTHMUS_QUICK=1` it
+is a small set on the embedded digits, half a minute: enough to run every
 cell, not to show what the notebook shows.
 """
 

@@ -77,3 +77,25 @@ def test_it_says_where_and_how_it_ran(report: Report) -> None:
     assert report["facts"]["quick"] is True
     assert report["facts"]["threads"] == 1
     assert set(report["facts"]) == {"machine", "threads", "python", "torch", "quick"}
+
+
+def test_units_are_measured_and_right(tmp_path: Path) -> None:
+    file = tmp_path / "units.json"
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "units.py", "--quick", "--rounds", "1", "--json", file],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(file.read_text())
+    for letter in "ABCDE":
+        found = [row for row in report["rows"] if row["section"] == letter]
+        assert {row["status"] for row in found} == {"ok"}
+        assert found[0]["tool"].startswith("isthmus")
+        # Every tool solves the same problem: objectives, total similarities and agreement with what was planted.
+        for row in found:
+            assert row["value"] == pytest.approx(found[0]["value"], rel=1e-5)
+            assert row["tool"] in done.stdout
+    assert {goal["goal"][0] for goal in report["goals"]} == set("ABCDE")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...base.errors import DataError, NotFiniteError
+from .active_set import kkt_violation as kkt_violation
 from .splitting import Splitting
 
 _ROUGH = 5e-6

@@ -1,124 +1,181 @@
-"""Units of one layer predicted from those of another: what every method of prediction gives."""
+"""What every prediction of the units of one layer by those of another gives: coefficients, R², and its path."""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ...base.errors import DataError
 from ...metrics.arrays import as_matrix
-from .plain import plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from numpy.typing import ArrayLike
 
-Method = Literal["lasso", "ridge", "omp", "one-to-one"]
-
 
 @dataclass(frozen=True, eq=False)
 class PredictionPath:
-    """How well each target was predicted at each penalty; every tensor but the first is (targets x penalties).
+    """Predictions for a sequence of penalties, or of numbers of predictors, from the simplest on.
 
     Attributes:
-        penalties: (penalties,), falling; of OMP the numbers of predictors, rising.
-        r2_train: Share of the variance explained on the training samples.
-        r2: The same on held-out samples, else the mean over the parts left out in turn; None without either.
-        count: Number of predictors, int64; -1 for targets that do not vary.
-        kkt_violation: Largest violation of a condition of optimality.
+        parameter: "penalty" or "number of predictors".
+        values: Of the parameter, (values,).
+        r2_train: R² on the training data, (targets x values); NaN for targets that do not vary.
+        r2_held_out: R² on other data, if there were any, (targets x values).
+        r2_cross_validated: Mean over the parts of R² on the part left out, if there were parts, (targets x values).
+        count: Number of predictors with a coefficient that is not zero, (targets x values).
+        kkt_violation: LASSO: largest violation of a condition of optimality, (targets x values); else None.
+        iterations: LASSO: iterations for each value, (values,); else None.
     """
 
-    penalties: Tensor
+    parameter: str
+    values: Tensor
     r2_train: Tensor
-    r2: Tensor | None
+    r2_held_out: Tensor | None
+    r2_cross_validated: Tensor | None
     count: Tensor
-    kkt_violation: Tensor
+    kkt_violation: Tensor | None = None
+    iterations: Tensor | None = None
+
+    @property
+    def r2(self) -> Tensor | None:
+        """R² on data not trained on: held out, else cross-validated, else None."""
+        return self.r2_cross_validated if self.r2_held_out is None else self.r2_held_out
+
+    @property
+    def loss(self) -> Tensor:
+        """Half the mean squared error of standardised targets in training, (targets x values); 0.5: nothing."""
+        return (1 - self.r2_train) / 2
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True, eq=False)
 class Prediction:
-    """Linear predictions of the units of one layer, the targets, from those of another, the predictors.
-
-    Units that do not vary predict nothing and are not predicted: their coefficients are zero, their R² is NaN.
+    """Each unit of one layer predicted by units of another.
 
     Attributes:
-        method: "lasso", "ridge", "omp" or "one-to-one".
-        predictors: Name of the layer of the predictors.
-        targets: Name of the layer of the targets.
-        penalty: The penalty in use; of OMP the number of predictors; None of one-to-one predictions. Where it was
-            chosen for each target, (targets,).
-        coefficients: (targets x predictors), sparse COO in float64, between standardised units: a standard deviation of
-            the predictor moves the target by so many of its own.
-        raw_coefficients: (targets x predictors), dense, between units as they are.
-        intercept: (targets,), what goes with the raw ones.
-        r2_train: (targets,), share of the variance explained on the training samples.
-        r2: (targets,), the same on held-out samples, which may be negative; without such samples the mean over the
-            parts that cross-validation left out in turn; None without either.
-        loss: (targets,), half the mean squared error in squared standard deviations, on held-out samples where there
-            are any, else on those of training (Li et al. 2015: 0.5 = nothing predicted).
-        count: (targets,), number of predictors with a coefficient, int64.
-        kkt_violation: (targets,), largest violation of a condition of optimality, in correlations.
-        iterations: Of the solver at the penalty in use.
-        constant_predictors: Predictors that do not vary.
-        constant_targets: Targets that do not vary.
-        path: The same at all penalties that were tried.
+        method: "LASSO", "ridge", "orthogonal matching pursuit" or "one to one".
+        names: Layers of the predictors and of the targets.
+        chosen: Penalty or number of predictors that these coefficients are for: one, or one per target, (targets,);
+            None for one-to-one.
+        coefficients: Sparse CSR, (targets x predictors) in float64, in the order of all units: of standardised units
+            (mean 0, variance 1) where `standardised`, else of the activations as they are.
+        raw_coefficients: The same for activations as they are: prediction = raw_coefficients x + intercept.
+        intercept: (targets,).
+        standardised: Which units the method worked in.
+        samples: Number of samples trained on.
+        r2_train: R² on the training data, (targets,); NaN for targets that do not vary. Optimistic.
+        r2_held_out: R² on the data held out, if any, (targets,).
+        r2_cross_validated: Mean over the parts of R² on the part left out, if there were parts, (targets,). Where a
+            penalty was chosen by it, it is slightly optimistic.
+        count: Number of predictors whose coefficient is not zero, (targets,).
+        kkt_violation: LASSO: largest violation of a condition of optimality, in units of correlation, (targets,).
+        iterations: LASSO: iterations of the final path, in all.
+        constant_predictors: Units that do not vary in the training data and predict nothing.
+        constant_targets: Units that do not vary in the training data: their R² is NaN.
+        path: For other penalties or numbers; None for one-to-one.
     """
 
-    method: Method
-    predictors: str
-    targets: str
-    penalty: float | Tensor | None
+    method: str
+    names: tuple[str, str]
+    chosen: float | Tensor | None
     coefficients: Tensor
     raw_coefficients: Tensor
     intercept: Tensor
+    standardised: bool
+    samples: int
     r2_train: Tensor
-    r2: Tensor | None
-    loss: Tensor
+    r2_held_out: Tensor | None
+    r2_cross_validated: Tensor | None
     count: Tensor
-    kkt_violation: Tensor
+    kkt_violation: Tensor | None
     iterations: int
     constant_predictors: tuple[int, ...]
     constant_targets: tuple[int, ...]
-    path: PredictionPath
+    path: PredictionPath | None
 
     def __repr__(self) -> str:
-        targets, predictors = self.coefficients.shape
-        judged, where = (self.r2_train, "training") if self.r2 is None else (self.r2, "held-out")
-        return (
-            f"Prediction({targets} units of {self.targets!r} from {predictors} of {self.predictors!r} by "
-            f"{self.method}: mean {where} R² {float(judged.nanmean()):.3g})"
-        )
+        parts = [f"{name} {value:.4g}" for name, value in self.summary().items() if isinstance(value, float)]
+        return f"Prediction({self.method}, {self.names[0]} → {self.names[1]}: {', '.join(parts)})"
+
+    @property
+    def penalty(self) -> float | Tensor | None:
+        """α of the LASSO or λ of ridge regression: one, or one per target; None for other methods."""
+        return self.chosen if self.path is not None and self.path.parameter == "penalty" else None
+
+    @property
+    def r2(self) -> Tensor | None:
+        """R² on data not trained on, (targets,): held out, else cross-validated, else None."""
+        return self.r2_cross_validated if self.r2_held_out is None else self.r2_held_out
+
+    @property
+    def loss(self) -> Tensor:
+        """Half the mean squared error of standardised targets in training (Li et al. 2015, table 1); 0.5: nothing."""
+        return (1 - self.r2_train) / 2
+
+    def summary(self) -> dict[str, float | str]:
+        """Give one line of a table: means over the targets that vary; what is not known is left out."""
+        line: dict[str, float | str] = {"method": self.method}
+        if isinstance(self.chosen, float) and self.path is not None:
+            line[self.path.parameter] = self.chosen
+        for name in ("count", "r2_train", "r2_held_out", "r2_cross_validated", "loss"):
+            values = getattr(self, name)
+            if values is not None:
+                line[name] = float(values.double()[~self.r2_train.isnan()].nanmean())
+        return line
 
     def predict(self, x: Tensor | ArrayLike) -> Tensor:
         """Predict the targets.
 
         Args:
-            x: Samples x predictors, as the network gives them.
+            x: Activations of the predictors, (samples x predictors).
 
         Returns:
-            Samples x targets in float64; targets that do not vary get their mean.
+            (samples x targets) in float64, on the device of the coefficients.
 
         Raises:
-            DataError: Another number of predictors.
-            NotFiniteError: It holds NaN or infinity.
+            DataError: x is no matrix of that many predictors.
+            NotFiniteError: x holds NaN or infinity.
         """
-        x = as_matrix(x).to(self.intercept)
-        if x.shape[1] != self.raw_coefficients.shape[1]:
+        x = as_matrix(x, "x")
+        targets, predictors = self.raw_coefficients.shape
+        if x.shape[1] != predictors:
             raise DataError(
-                f"x has shape {tuple(x.shape)}; expected samples x {self.raw_coefficients.shape[1]} predictors"
+                f"x has shape {tuple(x.shape)}; layer {self.names[0]!r} has {predictors} units, expected "
+                f"(samples x {predictors}) to predict {targets} units of {self.names[1]!r}"
             )
-        return x @ self.raw_coefficients.T + self.intercept
+        raw = self.raw_coefficients.to_dense()
+        return torch.addmm(self.intercept, x.to(raw), raw.T)
 
-    def plot(self, ax: Axes | None = None, *, one_to_one: Prediction | None = None) -> Axes:
-        """Draw R² against the number of predictors, means over the targets along the path of penalties.
+    def predictors(self, target: int) -> tuple[Tensor, Tensor]:
+        """Give the predictors of one target, the largest coefficient first.
 
         Args:
-            ax: Where to draw. Default: a new figure.
-            one_to_one: From `one_to_one_prediction`, drawn at one predictor.
+            target: A unit of the targets.
+
+        Returns:
+            Units (int64) and their coefficients (float64).
+
+        Raises:
+            DataError: There is no such target.
+        """
+        if not 0 <= target < len(self.count):
+            raise DataError(f"target {target} of {len(self.count)} units of layer {self.names[1]!r}")
+        start, end = self.coefficients.crow_indices()[target : target + 2].tolist()
+        values, units = self.coefficients.values()[start:end], self.coefficients.col_indices()[start:end]
+        order = values.abs().argsort(descending=True, stable=True)
+        return units[order], values[order]
+
+    def plot(self, ax: Axes | None = None, others: Prediction | Sequence[Prediction] = ()) -> Axes:
+        """Draw mean R² against the mean number of predictors along the path; the choice is marked.
+
+        Args:
+            ax: Where to draw; a new figure by default.
+            others: Predictions of other methods beside it; one without a path is one mark.
 
         Returns:
             The axes.
@@ -126,30 +183,35 @@ class Prediction:
         if ax is None:
             import matplotlib.pyplot as plt
 
-            ax = plt.subplots(figsize=(4.6, 3.4), layout="constrained")[1]
-        kept = self.path.count[:, 0] >= 0
-        count = self.path.count[kept].to(torch.float64).mean(0).cpu().numpy()
-        train = self.path.r2_train.nanmean(0).cpu().numpy()
-        ax.plot(count, train, color="#5d646e", linestyle=":", label="on training samples")
-        if self.path.r2 is not None:
-            ax.plot(count, self.path.r2.nanmean(0).cpu().numpy(), color="#0072B2", label="on held-out samples")
-        judged = self.r2_train if self.r2 is None else self.r2
-        used = float(self.count[kept].to(torch.float64).mean())
-        ax.plot([used], [float(judged.nanmean())], "o", color="#0072B2", label=f"{used:.3g} predictors, in use")
-        if one_to_one is not None:
-            single = one_to_one.r2_train if one_to_one.r2 is None else one_to_one.r2
-            ax.plot([1], [float(single.nanmean())], "D", color="#D55E00", label="one-to-one partner")
-        ax.set_xscale("symlog", linthresh=1)
-        ticks = [tick for tick in (0, 1, 3, 10, 30, 100, 300, 1000, 3000) if tick <= max(1.0, float(np.max(count)))]
-        ax.set_xticks(ticks, [str(tick) for tick in ticks])
-        ax.set_xlabel("predictors for a unit (mean)")
-        ax.set_ylabel("R² (mean over units)")
+            ax = plt.subplots()[1]
+        for prediction in (self, *([others] if isinstance(others, Prediction) else others)):
+            _draw(ax, prediction)
+        ax.set_xlabel(f"predictors in {self.names[0]} per unit of {self.names[1]}, mean")
+        ax.set_ylabel("R², mean over units")
         ax.legend()
         return ax
 
-    def to_dict(self) -> dict[str, Any]:
-        """Give the figures of each target and the path as plain lists and numbers for JSON; NaN becomes None."""
-        names = ("method", "predictors", "targets", "penalty", "r2_train", "r2", "loss", "count", "kkt_violation",
-                 "iterations", "constant_predictors", "constant_targets")  # fmt: skip
-        path = {name: getattr(self.path, name) for name in PredictionPath.__dataclass_fields__}
-        return plain({name: getattr(self, name) for name in names} | {"path": path})
+
+def _draw(ax: Axes, prediction: Prediction) -> None:
+    known = {
+        "held out": prediction.r2_held_out,
+        "cross-validated": prediction.r2_cross_validated,
+        "training": prediction.r2_train,
+    }
+    where, r2 = next((name, values) for name, values in known.items() if values is not None)
+    label, mark = f"{prediction.method}, {where}", {"linestyle": "none", "marker": "o"}
+    count = float(prediction.count.double().mean())
+    path = prediction.path
+    if path is not None and len(path.values) > 1:
+        values = path.r2_train if path.r2 is None else path.r2
+        line = ax.plot(path.count.double().mean(0).tolist(), values.nanmean(0).tolist(), label=label)
+        mark["color"], label = line[0].get_color(), None
+    ax.plot([count], [float(r2.nanmean())], label=label, **mark)
+
+
+def sparse(matrix: Tensor) -> Tensor:
+    """Turn a dense matrix into a sparse one of compressed rows."""
+    with warnings.catch_warnings():
+        # torch calls every CSR tensor a beta feature, once per process.
+        warnings.filterwarnings("ignore", message="Sparse CSR", category=UserWarning)
+        return matrix.to_sparse_csr()

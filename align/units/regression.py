@@ -1,9 +1,10 @@
-"""Linear regression of one layer on another, posed and judged by moments alone."""
+"""Linear regression of the units of one layer on those of another: what is read off moments, and R² of any data."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -13,149 +14,212 @@ from ...metrics.moments import Moments
 
 
 @dataclass(frozen=True, eq=False)
-class RegressionMoments:
-    """Moments of p predictors and q targets over n samples, all in float64.
+class Statistics:
+    """First and second moments of predictors x and targets y over some samples, float64 on one device.
 
     Attributes:
-        samples: n.
-        mean_x: (p,).
-        mean_y: (q,).
-        inside: (p x p), covariance of the predictors.
-        across: (p x q), covariance of predictors with targets.
-        variance: (q,), of the targets.
+        names: Layers of the predictors and of the targets.
+        count: Number of samples.
+        mean_x: (predictors,).
+        mean_y: (targets,).
+        gram: Covariance of the predictors over `count`, (predictors x predictors).
+        cross: Covariance of predictors and targets, (predictors x targets).
+        variance_x: (predictors,), exactly 0 for units that do not vary.
+        variance_y: (targets,).
     """
 
-    samples: int
+    names: tuple[str, str]
+    count: int
     mean_x: Tensor
     mean_y: Tensor
-    inside: Tensor
-    across: Tensor
-    variance: Tensor
+    gram: Tensor
+    cross: Tensor
+    variance_x: Tensor
+    variance_y: Tensor
 
-    @classmethod
-    def read(cls, moments: Moments, predictors: str, targets: str) -> RegressionMoments:
-        """Read two layers off moments.
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Numbers of predictors and of targets."""
+        return len(self.mean_x), len(self.mean_y)
 
-        Raises:
-            DataError: The layers are one and the same: a unit would predict itself.
-            LayerNotFoundError: A layer is missing, or the pair (predictors, predictors) or (predictors, targets).
-        """
-        if predictors == targets:
+
+def statistics(moments: Moments, predictors: str, targets: str, *, diagonal: bool = False) -> Statistics:
+    """Read off moments what a regression needs.
+
+    Args:
+        moments: Moments that keep the pairs (predictors, predictors) and (predictors, targets).
+        predictors: A layer.
+        targets: Another layer.
+        diagonal: Read only the diagonal of the Gram matrix, all that a single predictor needs.
+
+    Raises:
+        DataError: The layers are the same.
+        LayerNotFoundError: A layer or a pair was not kept.
+    """
+    if predictors == targets:
+        raise DataError(
+            f"predictors and targets are both {predictors!r}: each unit would be predicted by itself; name two layers, "
+            "or give parts of one layer names of their own in Moments.update"
+        )
+    variance_x, variance_y = moments.variance(predictors), moments.variance(targets)
+    return Statistics(
+        (predictors, targets),
+        moments.count(predictors),
+        moments.mean(predictors),
+        moments.mean(targets),
+        variance_x.diag() if diagonal else moments.covariance(predictors, predictors),
+        moments.covariance(predictors, targets),
+        variance_x,
+        variance_y,
+    )
+
+
+def parts(
+    moments: Moments | Sequence[Moments],
+    held_out: Moments | None,
+    predictors: str,
+    targets: str,
+    *,
+    diagonal: bool = False,
+) -> tuple[list[Statistics], Statistics | None]:
+    """Read the parts of the training data and the data held out.
+
+    Raises:
+        DataError: There is no part, one is given twice or is also held out, or their unit counts differ.
+        LayerNotFoundError: A layer or a pair was not kept.
+    """
+    given = [moments] if isinstance(moments, Moments) else list(moments)
+    every = [*given, *([] if held_out is None else [held_out])]
+    if not given or not all(isinstance(part, Moments) for part in every):
+        kinds = ", ".join(type(part).__name__ for part in every) or "nothing"
+        raise DataError(
+            f"moments are {kinds}; expected Moments, or a sequence of Moments of disjoint parts of the data"
+        )
+    if len({id(part) for part in every}) < len(every):
+        raise DataError("the same Moments are given twice; parts and held-out data must be of different samples")
+    read = [statistics(part, predictors, targets, diagonal=diagonal) for part in every]
+    device = read[0].gram.device
+    for part in read:
+        if part.shape != read[0].shape:
             raise DataError(
-                f"predictors and targets are both {predictors!r}: each unit would predict itself; name two layers"
+                f"layers {predictors!r} and {targets!r} have {read[0].shape} units in the first moments, {part.shape} "
+                "in others; take all parts from the same layers of the same networks"
             )
-        return cls(
-            moments.count(targets),
-            moments.mean(predictors),
-            moments.mean(targets),
-            moments.covariance(predictors, predictors),
-            moments.covariance(predictors, targets),
-            moments.variance(targets),
-        )
+    read = [_to(part, device) for part in read]
+    return (read, None) if held_out is None else (read[:-1], read[-1])
 
-    @classmethod
-    def pooled(cls, parts: Sequence[RegressionMoments]) -> RegressionMoments:
-        """Pool disjoint parts of the samples."""
-        first = parts[0]
-        for index, part in enumerate(parts):
-            if part.across.shape != first.across.shape:
-                raise DataError(
-                    f"part 0 has {tuple(first.across.shape)} predictors and targets, part {index} "
-                    f"{tuple(part.across.shape)}; give moments of the same layers"
-                )
-        samples = sum(part.samples for part in parts)
-        # Relative to the first part, so that what is constant over all parts has exactly no variance.
-        shift_x, shift_y = (
-            sum((getattr(part, name) - getattr(first, name)) * (part.samples / samples) for part in parts)
-            for name in ("mean_x", "mean_y")
-        )
-        inside, across = torch.zeros_like(first.inside), torch.zeros_like(first.across)
-        variance = torch.zeros_like(first.variance)
-        for part in parts:
-            share = part.samples / samples
-            x, y = part.mean_x - first.mean_x - shift_x, part.mean_y - first.mean_y - shift_y
-            inside += share * (part.inside + torch.outer(x, x))
-            across += share * (part.across + torch.outer(x, y))
-            variance += share * (part.variance + y.square())
-        return cls(samples, first.mean_x + shift_x, first.mean_y + shift_y, inside, across, variance)
+
+def _to(part: Statistics, device: torch.device) -> Statistics:
+    if part.gram.device == device:
+        return part
+    values = {name: value.to(device) for name, value in vars(part).items() if isinstance(value, Tensor)}
+    return Statistics(part.names, part.count, **values)
+
+
+def joined(some: Sequence[Statistics]) -> Statistics:
+    """Join statistics of disjoint samples; nothing large is subtracted, and what does not vary stays exactly so."""
+    first, count = some[0], sum(part.count for part in some)
+    if len(some) == 1:
+        return first
+    shares = [part.count / count for part in some]
+
+    def off_mean(name: str) -> tuple[Tensor, list[Tensor]]:
+        # From the mean of the first part: zero for constants, which their own mean over parts would round.
+        start = getattr(first, name)
+        ahead = [getattr(part, name) - start for part in some]
+        middle = torch.stack([share * one for share, one in zip(shares, ahead, strict=True)]).sum(0)
+        return start + middle, [one - middle for one in ahead]
+
+    mean_x, off_x = off_mean("mean_x")
+    mean_y, off_y = off_mean("mean_y")
+    sums = {name: torch.zeros_like(getattr(first, name)) for name in ("gram", "cross", "variance_x", "variance_y")}
+    for part, share, x, y in zip(some, shares, off_x, off_y, strict=True):
+        sums["gram"] += share * part.gram
+        sums["cross"] += share * part.cross
+        sums["gram"].addr_(x, x, alpha=share)
+        sums["cross"].addr_(x, y, alpha=share)
+        sums["variance_x"] += share * (part.variance_x + x * x)
+        sums["variance_y"] += share * (part.variance_y + y * y)
+    return Statistics(first.names, count, mean_x, mean_y, **sums)
 
 
 @dataclass(frozen=True, eq=False)
 class Regression:
-    """A regression of standardised units, those left out that do not vary.
-
-    min over W of ½ tr(WᵀGW) - tr(CᵀW) + a penalty, with G and C the correlations of the predictors with each other and
-    with the targets; a column of W for each target.
+    """A regression problem in standardised units: every unit has mean 0 and, unless it does not vary, variance 1.
 
     Attributes:
-        given: The moments that it was posed by.
-        kept_x: Places of the predictors that vary.
-        kept_y: Places of the targets that vary.
-        scale_x: (kept,), their standard deviations.
-        scale_y: (kept,), their standard deviations.
-        gram: G.
-        cross: C.
+        data: Statistics of the training data.
+        standardise: Whether penalties are of standardised coefficients, or of those of the activations as they are.
     """
 
-    given: RegressionMoments
-    kept_x: Tensor
-    kept_y: Tensor
-    scale_x: Tensor
-    scale_y: Tensor
-    gram: Tensor
-    cross: Tensor
+    data: Statistics
+    standardise: bool
 
-    @classmethod
-    def pose(cls, given: RegressionMoments) -> Regression:
-        """Standardise.
+    @cached_property
+    def scale_x(self) -> Tensor:
+        """Standard deviation of each predictor; 1 where it does not vary."""
+        return _deviation(self.data.variance_x)
 
-        Raises:
-            DataError: No predictor or no target varies.
-        """
-        scales = given.inside.diagonal().sqrt(), given.variance.sqrt()
-        kept_x, kept_y = ((scale > 0).nonzero().flatten() for scale in scales)
-        for what, places, scale in zip(("predictors", "targets"), (kept_x, kept_y), scales, strict=True):
-            if not len(places):
-                raise DataError(f"none of the {len(scale)} {what} varies over the samples: there is nothing to predict")
-        x, y = scales[0][kept_x], scales[1][kept_y]
-        gram = given.inside[kept_x][:, kept_x] / x[:, None] / x
-        gram.fill_diagonal_(1.0)
-        cross = given.across[kept_x][:, kept_y] / x[:, None] / y
-        return cls(given, kept_x, kept_y, x, y, gram, cross)
+    @cached_property
+    def scale_y(self) -> Tensor:
+        """Standard deviation of each target; 1 where it does not vary."""
+        return _deviation(self.data.variance_y)
 
-    def raw(self, coefficients: Tensor) -> tuple[Tensor, Tensor]:
-        """Turn standardised coefficients (kept x kept) into raw ones, (targets x predictors), and intercepts."""
-        full = self.given.across.new_zeros(self.given.across.shape)
-        full[self.kept_x[:, None], self.kept_y] = coefficients / self.scale_x[:, None] * self.scale_y
-        weights = full.T
-        return weights, self.given.mean_y - weights @ self.given.mean_x
+    @cached_property
+    def gram(self) -> Tensor:
+        """Correlations of the predictors; rows and columns of zeros where they do not vary."""
+        return self.data.gram / self.scale_x[:, None] / self.scale_x
 
-    def error(self, coefficients: Tensor, on: RegressionMoments) -> Tensor:
-        """Give the mean squared error of each kept target on other samples, from their moments.
+    @cached_property
+    def cross(self) -> Tensor:
+        """Correlations of predictors and targets."""
+        return self.data.cross / self.scale_x[:, None] / self.scale_y
 
-        E|y - b - Bx|² = var(y) - 2 B cov(x, y) + B cov(x) Bᵀ + (mean(y) - b - B mean(x))².
+    @cached_property
+    def penalised(self) -> tuple[Tensor, Tensor]:
+        """Gram and cross matrix in the units whose coefficients are penalised."""
+        return (self.gram, self.cross) if self.standardise else (self.data.gram, self.data.cross)
 
-        Args:
-            coefficients: Standardised, (kept x kept).
-            on: Moments of the same layers.
+    def raw(self, coefficients: Tensor) -> Tensor:
+        """Turn standardised coefficients (predictors x targets) into those of activations as they are."""
+        return coefficients / self.scale_x[:, None] * self.scale_y
 
-        Returns:
-            (kept,), in the squared units of the target.
-        """
-        weights = coefficients / self.scale_x[:, None] * self.scale_y
-        x, y = self.kept_x, self.kept_y
-        offset = (on.mean_y - self.given.mean_y)[y] - (on.mean_x - self.given.mean_x)[x] @ weights
-        spread = (weights * (on.inside[x][:, x] @ weights - 2 * on.across[x][:, y])).sum(0)
-        return (on.variance[y] + spread).clamp_min(0) + offset.square()
+    def standardised(self, coefficients: Tensor) -> Tensor:
+        """Turn coefficients in penalised units (predictors x targets) into standardised ones."""
+        return coefficients if self.standardise else coefficients * self.scale_x[:, None] / self.scale_y
 
-    def r2(self, coefficients: Tensor, on: RegressionMoments) -> Tensor:
-        """Give 1 - error / variance on other samples; NaN for targets that do not vary there."""
-        return 1 - self.error(coefficients, on) / on.variance[self.kept_y].masked_fill(
-            on.variance[self.kept_y] == 0, torch.nan
-        )
+    def intercept(self, raw: Tensor) -> Tensor:
+        """Give what a prediction with raw coefficients adds, (targets,)."""
+        return self.data.mean_y - self.data.mean_x @ raw
 
-    def spread(self, values: Tensor, fill: float = torch.nan) -> Tensor:
-        """Give values of kept targets, in the last axis, their places among all targets."""
-        full = torch.full((*values.shape[:-1], len(self.given.mean_y)), fill, dtype=values.dtype, device=values.device)
-        full[..., self.kept_y] = values
-        return full
+
+class Scorer:
+    """R² of predictions on data of which only moments are known, with the intercept of the training data.
+
+    With coefficients W and both kinds of moments in the training data's standardised units, R² = 1 − E / v,
+    E = v − 2 Σ W c + Wᵀ G W + (mean of y − Wᵀ mean of x)², as scikit-learn's `r2_score` on the samples themselves.
+
+    Args:
+        data: Statistics of the data to score on.
+        regression: Where the coefficients are from.
+    """
+
+    def __init__(self, data: Statistics, regression: Regression) -> None:
+        x, y = regression.scale_x, regression.scale_y
+        self._gram = data.gram / x[:, None] / x
+        self._cross = data.cross / x[:, None] / y
+        self._variance = data.variance_y / y**2
+        self._shift_x = (data.mean_x - regression.data.mean_x) / x
+        self._shift_y = (data.mean_y - regression.data.mean_y) / y
+        self._constant = (data.variance_y == 0) | (regression.data.variance_y == 0)
+
+    def r2(self, coefficients: Tensor) -> Tensor:
+        """Score standardised coefficients (predictors x targets): (targets,), NaN for targets that do not vary."""
+        explained = (coefficients * (2 * self._cross - self._gram @ coefficients)).sum(0)
+        bias = self._shift_y - self._shift_x @ coefficients
+        r2 = (explained - bias**2) / self._variance
+        return r2.masked_fill(self._constant, torch.nan)
+
+
+def _deviation(variance: Tensor) -> Tensor:
+    return torch.where(variance > 0, variance, 1.0).sqrt()

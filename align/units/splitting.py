@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .active_set import descended, kkt_violation, solved_on_support, solving_cost, taken
+from .active_set import descended, kkt_violation, taken
 
 _RELAXATION = 1.7
 _CHECK = 4
@@ -17,8 +17,8 @@ _REBALANCE = 40
 """Iterations between two changes of ρ; nearly all penalties of a path take fewer than the first of them."""
 _RHO_BY_DENSITY = (1.0, 0.7, 0.5, 0.35, 0.25)
 _RHO_LIMITS = (1e-3, 10.0)
-_HARD = 200
-"""Iterations after which targets that have not converged are taken on one by one, again whenever these have doubled."""
+_FINISH = 16
+"""Iterations before the first exact finish; another one whenever they have doubled."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,20 +86,19 @@ class Splitting:
             start: Coefficients to start from, (predictors x targets).
             tolerance: Largest violation.
             limit: Iterations at most.
-            exact: Solve on the support where that costs less than the iterations so far.
+            exact: Now and then let `descended` finish, at no more than the cost of the iterations so far.
         """
         found = self._judged(start.clone(), cross, threshold)
         targets = self._opened(found, cross, threshold, tolerance)
-        iterations, hard, spent = 0, _HARD, 0.0
+        iterations, spent, finish = 0, 0.0, _FINISH
         while len(targets.places) and iterations < limit:
-            before = targets.coefficients
             balance = self._iterate(targets)
             iterations += _CHECK
-            spent += _CHECK * 2.0 * before.numel() * len(cross)
+            spent += _CHECK * 2.0 * targets.coefficients.numel() * len(cross)
             new = self._judged(targets.coefficients, targets.cross, targets.threshold)
-            if exact:
-                spent, new = self._finished(targets, new, before, tolerance, spent, iterations >= hard)
-                hard = 2 * iterations if iterations >= hard else hard
+            if exact and iterations == finish:
+                new = self._finished(targets, new, tolerance, spent)
+                finish *= 2
             found.put(targets.places, new)
             targets.keep(new.violation > tolerance)
             if iterations % _REBALANCE == 0:
@@ -147,24 +146,13 @@ class Splitting:
             self._set(rho)
             targets.shift = self._inverse @ targets.cross
 
-    def _finished(
-        self, targets: _Open, found: Found, before: Tensor, tolerance: float, spent: float, hard: bool
-    ) -> tuple[float, Found]:
-        tried = found.violation > tolerance
-        if not hard:
-            tried &= (before.sign() == found.coefficients.sign()).all(0)
-        start, cross = found.coefficients[:, tried], targets.cross[:, tried]
-        threshold = taken(targets.threshold, tried)
-        if not hard and (not start.numel() or solving_cost(start) > spent):
-            return spent, found
-        if hard:
-            solved = descended(self._gram, cross, threshold, start, tolerance, spent)
-        else:
-            solved = solved_on_support(self._gram, cross, threshold, start.sign(), start)
+    def _finished(self, targets: _Open, found: Found, tolerance: float, budget: float) -> Found:
+        tried = (found.violation > tolerance).nonzero().flatten()
+        cross, threshold = targets.cross[:, tried], taken(targets.threshold, tried)
+        solved = descended(self._gram, cross, threshold, found.coefficients[:, tried], tolerance, budget)
         new = self._judged(solved, cross, threshold)
         done = new.violation <= tolerance
         # The others go on from where they were: a solution on a wrong support is no better start.
         both = Found(found.coefficients.clone(), found.gradient, found.violation)
-        new = Found(new.coefficients[:, done], new.gradient[:, done], new.violation[done])
-        both.put(tried.nonzero().flatten()[done], new)
-        return 0.0, both
+        both.put(tried[done], Found(new.coefficients[:, done], new.gradient[:, done], new.violation[done]))
+        return both

@@ -150,7 +150,7 @@ def _sheets(
     from isthmus.align.units import see_pairs
 
     dataset = source.dataset
-    look = {} if dataset is None else {"mean": dataset.mean, "std": dataset.std}
+    look: dict[str, Any] = {} if dataset is None else {"mean": dataset.mean, "std": dataset.std}
     sheets = {}
     for pair in found:
         pairs = pair.matching.pairs

@@ -24,12 +24,19 @@ QUICK = ("--without", "rotation,clusters,transport,means", "--folds", "5", "--he
 def test_it_gives_what_python_gives(pair: Path, network: list[str], run_json: RunJson) -> None:
     found = run_json("units", pair / "a.safetensors", pair / "b.safetensors", *network, "--data", "digits", "--split",
                      "train", "--layer", "relu1", "--penalty", 0.05, *QUICK)  # fmt: skip
-    models = [mlp(64, [24, 16]) for _ in range(2)]
+    models = mlp(64, [24, 16]), mlp(64, [24, 16])
     for model, name in zip(models, "ab", strict=True):
         model.load_state_dict(load_state_dict(pair / f"{name}.safetensors"))
     data = loader(load_data("digits"), shuffle=True, generator=torch.Generator().manual_seed(0))
     same = correspond(
-        *models, data, layers="relu1", folds=5, held_out=1, penalty=0.05, analyses=["stability", "prediction"]
+        models[0],
+        models[1],
+        data,
+        layers="relu1",
+        folds=5,
+        held_out=1,
+        penalty=0.05,
+        analyses=["stability", "prediction"],
     )
     assert found["summary"][0]["one_to_one"] == pytest.approx(same.summary()[0]["one_to_one"], abs=1e-12)
     assert found["measured_on"]["data"] == "digits"

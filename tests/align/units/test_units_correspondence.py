@@ -90,7 +90,8 @@ def test_held_out_correlations_are_those_of_the_held_out_samples(data: list[torc
     found = correspond(a, b, data, layers="1", analyses=())
     x = torch.cat(data)
     with torch.no_grad(), capture(a) as in_a, capture(b) as in_b:
-        a(x), b(x)
+        a(x)
+        b(x)
         acts_a, acts_b = in_a["1"].double().numpy(), in_b["1"].double().numpy()
     unseen = (found.folds.assignment >= 8).numpy()
     pair = found[0]
