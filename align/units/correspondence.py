@@ -15,14 +15,14 @@ from ...base.errors import DataError, LayerNotFoundError, nearest
 from ...metrics.capture import Positions
 from ...metrics.folds import UnitFolds, unit_folds
 from ...metrics.reading import MASK, Layers, MaskNames
+from .baselines import one_to_one_prediction
 from .cluster_scores import ClusterScores, cluster_scores
 from .clusters import Clusters, spectral_clusters
 from .mean_activations import MeanActivations, mean_activations
 from .one_to_one import UnitMatching, bipartite_matching, check_minimum, semi_matching
-from .other_predictions import one_to_one_prediction
-from .prediction import Prediction
+from .predictions import Prediction
 from .rotation import RotationTest, rotation_test
-from .sparse_prediction import sparse_prediction
+from .sparse import sparse_prediction
 from .stability import Stability, matching_stability
 from .transport import SoftMatch, soft_matching
 

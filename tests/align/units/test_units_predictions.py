@@ -75,7 +75,7 @@ def test_lasso_is_that_of_scikit_learn(penalty: float, standardise: bool) -> Non
 
 
 @settings(max_examples=20, deadline=None)
-@given(seed=st.integers(0, 10_000), share=st.floats(0.02, 1.2), n=st.integers(4, 60))
+@given(seed=st.integers(0, 10_000), share=st.floats(0.02, 1.2), n=st.integers(12, 60))
 def test_conditions_of_optimality_hold_on_the_samples(seed: int, share: float, n: int) -> None:
     x, y = (standard(z) for z in samples(n, 9, 3, seed))
     penalty = share * float(np.abs(x.T @ y).max()) / n
