@@ -11,11 +11,11 @@ from .maximisation import Maximised, maximise
 from .mean_activations import MeanActivations, mean_activations
 from .one_to_one import UnitMatching, bipartite_matching, semi_matching, semi_matching_gain
 from .pictures import matched_curves
-from .predictions import Prediction, PredictionPath
+from .prediction import Prediction, PredictionPath
 from .receptive_field import ReceptiveField, receptive_field
 from .rotation import RotationTest, rotation_test
 from .seeing import see_cluster, see_pairs
-from .sparse import sparse_prediction
+from .sparse_prediction import sparse_prediction
 from .stability import Stability, matching_stability
 from .top_inputs import TopInputs, top_inputs
 from .transport import SoftMatch, soft_matching

@@ -14,8 +14,8 @@ from ...base.errors import DataError
 from ...metrics.moments import Moments
 from .fitting import Layers, Rule, Step, predicted
 from .least_squares import Ridge
-from .predictions import Prediction
-from .linear import Regression
+from .prediction import Prediction
+from .regression import Regression
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike

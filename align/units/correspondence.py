@@ -20,9 +20,9 @@ from .cluster_scores import ClusterScores, cluster_scores
 from .clusters import Clusters, spectral_clusters
 from .mean_activations import MeanActivations, mean_activations
 from .one_to_one import UnitMatching, bipartite_matching, check_minimum, semi_matching
-from .predictions import Prediction
+from .prediction import Prediction
 from .rotation import RotationTest, rotation_test
-from .sparse import sparse_prediction
+from .sparse_prediction import sparse_prediction
 from .stability import Stability, matching_stability
 from .transport import SoftMatch, soft_matching
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from ...base.errors import DataError
 from ...metrics.moments import Moments
 from .between import warn_few_samples
-from .predictions import Method, Prediction, PredictionPath
-from .linear import Regression, RegressionMoments
+from .prediction import Method, Prediction, PredictionPath
+from .regression import Regression, RegressionMoments
 
 Rule = Literal["best", "one_se"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .fitting import Step
-from .linear import Regression
+from .regression import Regression
 
 _ROUNDING = 1e-12
 """Eigenvalues below this share of the largest are rounding of correlations, not directions."""

@@ -14,8 +14,8 @@ from ...metrics.moments import Moments
 from .fitting import Layers, Rule, Step, predicted
 from .lasso import largest_penalty, lasso_path
 from .least_squares import least_squares
-from .predictions import Prediction
-from .linear import Regression
+from .prediction import Prediction
+from .regression import Regression
 
 
 def sparse_prediction(
