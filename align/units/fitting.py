@@ -37,6 +37,11 @@ class Step:
 Solver = Callable[[Regression, Sequence[float]], Iterator[Step]]
 """Solves for the penalties in turn."""
 
+_ROUNDS = 5
+"""Of cross-validation, at most: more parts are pooled."""
+_PATIENCE = 3
+"""Penalties in a row that may predict the part left out worse than the best before."""
+
 
 @dataclass(frozen=True)
 class Layers:
@@ -72,6 +77,7 @@ def predicted(
     penalties: Callable[[Regression], Sequence[float]] | Sequence[float],
     *,
     choose: bool,
+    rough: Solver | None = None,
     rule: Rule = "best",
     per_target: bool = False,
 ) -> Prediction:
@@ -84,6 +90,7 @@ def predicted(
         solve: Solves at given penalties.
         penalties: In the order in which they are solved, or a function of the problem that gives them.
         choose: Choose among them by cross-validation over the parts; else the last one is in use.
+        rough: Where each penalty costs much: solves well enough to choose by, and no further than needed.
         rule: "best", or "one_se": the strongest penalty within a standard error of the best.
         per_target: Choose for each target by itself.
 
@@ -101,7 +108,10 @@ def predicted(
     unseen = None if held_out is None else RegressionMoments.read(held_out, layers.predictors, layers.targets)
     problem = Regression.pose(RegressionMoments.pooled(parts))
     values = list(penalties(problem) if callable(penalties) else penalties)
-    crossed = _left_out(parts, values, solve) if choose else None
+    crossed = None
+    if choose:
+        crossed = _left_out(parts, values, rough or solve, whole=rough is None or per_target)
+        values = values[: crossed.shape[1]]
     steps = list(solve(problem, values))
     if crossed is None:
         chosen = torch.full((len(problem.kept_y),), len(values) - 1)
@@ -110,19 +120,34 @@ def predicted(
     return _assembled(layers, problem, values, steps, chosen, unseen, crossed)
 
 
-def _left_out(parts: Sequence[RegressionMoments], penalties: Sequence[float], solve: Solver) -> Tensor:
-    """Give R² of each part left out in turn: (parts x penalties x targets), NaN where it is not defined."""
-    found = []
-    for index, part in enumerate(parts):
-        rest = Regression.pose(RegressionMoments.pooled([*parts[:index], *parts[index + 1 :]]))
-        found.append(torch.stack([rest.spread(rest.r2(step.coefficients, part)) for step in solve(rest, penalties)]))
-    return torch.stack(found)
+def _left_out(parts: Sequence[RegressionMoments], penalties: Sequence[float], solve: Solver, whole: bool) -> Tensor:
+    """Give R² of each part left out in turn: (parts x penalties x targets), NaN where it is not defined.
+
+    Unless the whole path is wanted it is left where it is past its best, which spares the penalties that cost most.
+    """
+    count = min(len(parts), _ROUNDS)
+    parts = [RegressionMoments.pooled(parts[first::count]) for first in range(count)]
+    rests = [Regression.pose(RegressionMoments.pooled([*parts[:i], *parts[i + 1 :]])) for i in range(count)]
+    scores: list[Tensor] = []
+    best, worse = -math.inf, 0
+    for steps in zip(*(solve(rest, penalties) for rest in rests), strict=True):
+        judged = zip(rests, steps, parts, strict=True)
+        scores.append(torch.stack([rest.spread(rest.r2(step.coefficients, part)) for rest, step, part in judged]))
+        mean = float(_sane(scores[-1]).mean())
+        best, worse = (mean, 0) if mean > best else (best, worse + 1)
+        if worse == _PATIENCE and not whole:
+            break
+    return torch.stack(scores, 1)
+
+
+def _sane(scores: Tensor) -> Tensor:
+    # A part in which a target hardly varies says nothing, and would outweigh all others.
+    return scores.nan_to_num(nan=0.0).clamp_min(-1.0)
 
 
 def _chosen(scores: Tensor, rule: Rule, per_target: bool) -> Tensor:
     """Give the place of the penalty for each target, by R² of (parts x penalties x targets)."""
-    # A part in which a target hardly varies says nothing, and would outweigh all others.
-    scores = scores.nan_to_num(nan=0.0).clamp_min(-1.0)
+    scores = _sane(scores)
     count = scores.shape[2]
     scores = scores if per_target else scores.mean(2, keepdim=True)
     mean, error = scores.mean(0), scores.std(0) / math.sqrt(len(scores))

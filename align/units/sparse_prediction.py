@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,6 +17,9 @@ from .lasso import largest_penalty, lasso_path
 from .least_squares import least_squares
 from .prediction import Prediction
 from .regression import Regression
+
+_CHOOSING = 1e-4
+"""Tolerance in cross-validation: R² then agrees to about its square."""
 
 
 def sparse_prediction(
@@ -41,14 +45,16 @@ def sparse_prediction(
 
     Args:
         moments: Of the training samples; for cross-validation a sequence of `Moments` of disjoint parts, which are left
-            out in turn. The pairs (predictors, predictors) and (predictors, targets) must have been kept.
+            out in turn, more than five of them pooled to five. The pairs (predictors, predictors) and (predictors,
+            targets) must have been kept.
         predictors: Name of the layer of X.
         targets: Name of the layer of the y, another one.
         penalty: α: a number; several, which are solved from the largest on, the smallest in use; or None, chosen by
             cross-validation. 0 is least squares, of least norm where that is not unique.
         held_out: Moments of other samples, to judge by.
         standardise: Solve for units of standard deviation 1, as in the paper; else for units as they are.
-        penalties: Length of the path where the penalty is chosen.
+        penalties: Length of the path where the penalty is chosen; it ends sooner where the parts left out are predicted
+            ever worse.
         smallest: Its last penalty, as a share of the smallest with which nothing is predicted.
         rule: Choose the "best" mean R², or the strongest penalty within "one_se" (standard error) of it.
         per_target: Choose for each target by itself, not for all together.
@@ -75,7 +81,7 @@ def sparse_prediction(
     if penalties < 1 or not 0 < smallest <= 1:
         raise DataError(f"penalties is {penalties}, smallest {smallest}; expected at least 1, and a share up to 1")
 
-    def solve(problem: Regression, values: Sequence[float]) -> Iterator[Step]:
+    def solve(problem: Regression, values: Sequence[float], tolerance: float = tolerance) -> Iterator[Step]:
         positive = [value for value in values if value > 0]
         scale = _scale(problem, standardise)
         if positive:
@@ -93,8 +99,17 @@ def sparse_prediction(
         return np.geomspace(largest, smallest * largest, penalties).tolist()
 
     layers = Layers(predictors, targets, "lasso")
-    how = {"choose": given is None, "rule": rule, "per_target": per_target}
-    return predicted(layers, moments, held_out, solve, spaced if given is None else given, **how)
+    return predicted(
+        layers,
+        moments,
+        held_out,
+        solve,
+        spaced if given is None else given,
+        choose=given is None,
+        rough=partial(solve, tolerance=max(tolerance, _CHOOSING)),
+        rule=rule,
+        per_target=per_target,
+    )
 
 
 def _checked(penalty: float | Sequence[float]) -> list[float]:

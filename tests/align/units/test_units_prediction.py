@@ -250,6 +250,26 @@ def test_the_penalty_of_the_lasso_is_chosen_and_judged_elsewhere() -> None:
     assert float(found.path.r2_train[:, 0].abs().max()) < 1e-9
 
 
+def test_a_path_is_left_where_the_parts_left_out_are_past_their_best() -> None:
+    # Forty predictors of pure noise beside one that counts: small penalties fit the noise.
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((60, 41))
+    y = x[:, :1] + rng.standard_normal((60, 3))
+    given = parts(x, y, 12)  # pooled to five
+    found = sparse_prediction(given, "x", "y", penalties=30)
+    assert 3 < len(found.path.penalties) < 30
+    assert found.r2 is not None
+    assert found.path.r2 is not None
+    best = found.path.r2.mean(0).argmax()
+    assert found.penalty == float(found.path.penalties[best])
+    whole = sparse_prediction(given, "x", "y", penalties=30, per_target=True)
+    assert len(whole.path.penalties) == 30
+    assert whole.path.r2 is not None
+    at = int((whole.path.penalties == found.penalty).nonzero())
+    torch.testing.assert_close(whole.path.r2[:, at], found.r2, atol=1e-3, rtol=0)
+    assert float(whole.path.r2.mean(0).max()) == pytest.approx(float(found.r2.mean()), abs=1e-3)
+
+
 def test_units_that_do_not_vary_are_left_out_and_named() -> None:
     x, y = samples(seed=4)
     with_dead_x = np.insert(x, [0, 3], [[7.0, -2.0]], axis=1)
