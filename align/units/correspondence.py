@@ -223,7 +223,8 @@ def correspond(
         model_a: The network whose units are matched, predicted and listed.
         model_b: The network of the partners; another architecture will do. It may be the same object.
         data: Batches in random order: `x`, `(x, y)` or mappings of keyword inputs; one tensor is one batch. The null
-            pairs each sample with one before it; in sorted data neighbours are alike, and it would be too high.
+            pairs each sample with one before it; in sorted data neighbours are alike, and it would be too high. What
+            all samples share by place, such as the borders of feature maps, stays in it.
         layers: Layer names for both, or a tuple of two lists, one for each. Default: all, see `unit_folds`.
         pairs: "same", each layer with that of the same name; "all"; or pairs of names, see `unit_folds`.
         analyses: Which of `ANALYSES` beside the matching.

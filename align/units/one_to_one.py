@@ -132,7 +132,7 @@ class UnitMatching:
     def agreement(self, other: UnitMatching) -> float:
         """Give the share of the units matched here that have the same partner in another matching of these layers.
 
-        Of a bipartite and a semi-matching this is their overlap (Li et al. 2015, section 3.2).
+        Of a bipartite and a semi-matching this is their overlap (Li et al. 2015, section 3).
 
         Returns:
             From 0 to 1; NaN if no unit is matched here.
@@ -213,7 +213,7 @@ def bipartite_matching(
     *,
     minimum: float | None = None,
 ) -> UnitMatching:
-    """Match units one-to-one so that the sum of their similarities is largest (Li et al. 2015, section 3.1).
+    """Match units one-to-one so that the sum of their similarities is largest (Li et al. 2015, section 3).
 
     max Σ_i s(i, m(i)) over one-to-one m: maximum-weight bipartite matching, exact (Kuhn 1955; Crouse 2016, by scipy in
     float64 on the CPU). Of p and q units that vary, min(p, q) pairs are made. Of a rectangle the units left alone are
@@ -262,7 +262,7 @@ def semi_matching(
     *,
     minimum: float | None = None,
 ) -> UnitMatching:
-    """Give each unit of a the unit of b that is most similar to it, repeats allowed (Li et al. 2015, section 3.2).
+    """Give each unit of a the unit of b that is most similar to it, repeats allowed (Li et al. 2015, section 3).
 
     It is not symmetric: exchange a and b for the best partners of the units of b.
 
