@@ -100,3 +100,15 @@ def test_a_folder_that_cannot_be_made_is_refused(found: Correspondence, tmp_path
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError):
         write_units(found, tmp_path / "file")
+
+
+def test_a_matching_alone_is_reported_too(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    a, b = (nn.Sequential(nn.Linear(5, 6), nn.ReLU()) for _ in range(2))
+    found = correspond(a, b, torch.randn(200, 5), layers="1", analyses=())
+    write_units(found, tmp_path)
+    names = {"report.html", "units.json", "units-1.csv", "matching-1.safetensors", "curves-1.png"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    headers, rows = summary_table(found)
+    assert "R² of few" not in headers
+    assert rows[0][0] == "1"

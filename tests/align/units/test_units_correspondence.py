@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -188,3 +190,15 @@ def test_curves_are_those_of_the_pair(planted: Correspondence) -> None:
 def test_front_door_gives_the_same_function() -> None:
     assert isthmus.correspond is correspond
     assert isthmus.Correspondence is Correspondence
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"clusters": 0}, {"draws": 0}, {"rotations": 0}, {"penalty": float("nan")}, {"minimum": float("inf")}]
+)
+def test_wrong_numbers_are_refused_before_the_pass(wrong: dict[str, float]) -> None:
+    def data() -> Iterator[torch.Tensor]:
+        raise AssertionError("the data was read")
+        yield torch.zeros(0)
+
+    with pytest.raises(DataError, match=f"{next(iter(wrong))} is"):
+        correspond(network(0), network(1), data(), layers="1", **wrong)  # pyright: ignore[reportArgumentType]

@@ -367,3 +367,12 @@ def test_the_content_is_plain_json() -> None:
     assert found["r2"] is None
     assert found["path"]["penalties"] == [1.0, 2.0]
     assert found["constant_targets"] == [1]
+
+
+def test_targets_that_nothing_correlates_with() -> None:
+    x = np.tile([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]], (10, 1))
+    y = np.tile([[1.0], [1.0], [-1.0], [-1.0]], (10, 1))
+    found = sparse_prediction([moments(x, y), moments(x, y)], "x", "y")
+    assert found.count.tolist() == [0]
+    assert found.r2 is not None
+    assert float(found.r2[0]) == 0
