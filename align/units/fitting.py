@@ -27,11 +27,13 @@ class Step:
         coefficients: (predictors x targets), standardised.
         violation: (targets,), of the conditions of optimality.
         iterations: How many it took.
+        left: (predictors x targets), correlation of each predictor with what is left of each target, where it is known.
     """
 
     coefficients: Tensor
     violation: Tensor
     iterations: int = 0
+    left: Tensor | None = None
 
 
 Solver = Callable[[Regression, Sequence[float]], Iterator[Step]]
@@ -212,7 +214,7 @@ def _path(
         r2 = torch.stack([problem.spread(problem.r2(step.coefficients, unseen)) for step in steps])
     return PredictionPath(
         torch.tensor(penalties, dtype=torch.float64),
-        _stacked(problem, (problem.r2_train(step.coefficients) for step in steps)),
+        _stacked(problem, (problem.r2_train(step.coefficients, step.left) for step in steps)),
         None if r2 is None else r2.T,
         torch.stack([problem.spread((step.coefficients != 0).sum(0), -1) for step in steps], 1),
         _stacked(problem, (step.violation for step in steps)),

@@ -148,9 +148,15 @@ class Regression:
         spread = (weights * (on.inside[x][:, x] @ weights - 2 * on.across[x][:, y])).sum(0)
         return (on.variance[y] + spread).clamp_min(0) + offset.square()
 
-    def r2_train(self, coefficients: Tensor) -> Tensor:
-        """Give 1 - error / variance on the samples that it was posed by, (kept,)."""
-        return (coefficients * (2 * self.cross - self.gram @ coefficients)).sum(0)
+    def r2_train(self, coefficients: Tensor, left: Tensor | None = None) -> Tensor:
+        """Give 1 - error / variance on the samples that it was posed by, (kept,).
+
+        Args:
+            coefficients: Standardised, (kept x kept).
+            left: C - GW, where the solver has it.
+        """
+        left = self.cross - self.gram @ coefficients if left is None else left
+        return (coefficients * (self.cross + left)).sum(0)
 
     def r2(self, coefficients: Tensor, on: RegressionMoments) -> Tensor:
         """Give 1 - error / variance on other samples; NaN for targets that do not vary there."""

@@ -88,7 +88,7 @@ def sparse_prediction(
             path = lasso_path(
                 problem.gram, problem.cross, positive, scale=scale, tolerance=tolerance, max_iterations=max_iterations
             )
-            yield from (Step(found.coefficients, found.violation, found.iterations) for found in path)
+            yield from (Step(found.coefficients, found.violation, found.iterations, found.gradient) for found in path)
         if len(positive) < len(values):
             yield least_squares(problem)
 
