@@ -37,12 +37,12 @@ class Between:
     @property
     def constant_a(self) -> tuple[int, ...]:
         """Units of a that do not vary, which are like nothing."""
-        return _others(self.shape[0], self.units_a)
+        return left_out(self.shape[0], self.units_a)
 
     @property
     def constant_b(self) -> tuple[int, ...]:
         """Units of b that do not vary, which are like nothing."""
-        return _others(self.shape[1], self.units_b)
+        return left_out(self.shape[1], self.units_b)
 
 
 def between(similarity: Moments | Tensor | ArrayLike, a: str | None = None, b: str | None = None) -> Between:
@@ -130,5 +130,10 @@ def _checked(similarity: Tensor | ArrayLike) -> tuple[Tensor, Tensor, Tensor]:
     return values, ~rows, ~columns
 
 
-def _others(count: int, units: Tensor) -> tuple[int, ...]:
+def left_out(count: int, units: Tensor) -> tuple[int, ...]:
+    """Name the units of a layer of `count` that are not among those given.
+
+    >>> left_out(4, torch.tensor([0, 2]))
+    (1, 3)
+    """
     return tuple(sorted(set(range(count)) - set(units.tolist())))

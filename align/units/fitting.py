@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...base.errors import DataError
 from ...metrics.moments import Moments
-from .between import warn_few_samples
+from .between import left_out, warn_few_samples
 from .prediction import Method, Prediction, PredictionPath
 from .regression import Regression, RegressionMoments
 
@@ -196,8 +196,8 @@ def _assembled(
         (full != 0).sum(1),
         path.kkt_violation.gather(1, at)[:, 0],
         max(steps[int(place)].iterations for place in chosen.unique()),
-        _missing(len(problem.given.mean_x), problem.kept_x),
-        _missing(len(problem.given.mean_y), problem.kept_y),
+        left_out(len(problem.given.mean_x), problem.kept_x),
+        left_out(len(problem.given.mean_y), problem.kept_y),
         path,
     )
 
@@ -223,7 +223,3 @@ def _path(
 
 def _stacked(problem: Regression, values: Iterable[Tensor]) -> Tensor:
     return torch.stack([problem.spread(value) for value in values], 1)
-
-
-def _missing(count: int, kept: Tensor) -> tuple[int, ...]:
-    return tuple(sorted(set(range(count)) - set(kept.tolist())))

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...base.errors import DataError
 from ...metrics.arrays import as_matrix
 from ...metrics.moments import Moments
-from .between import named
+from .between import left_out, named
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -47,12 +47,12 @@ class JointAffinity:
     @property
     def constant_a(self) -> tuple[int, ...]:
         """Units of a that do not vary."""
-        return _missing(self.shape[0], self.units_a)
+        return left_out(self.shape[0], self.units_a)
 
     @property
     def constant_b(self) -> tuple[int, ...]:
         """Units of b that do not vary."""
-        return _missing(self.shape[1], self.units_b)
+        return left_out(self.shape[1], self.units_b)
 
 
 def joint_affinity(moments: Moments, a: str, b: str, *, kind: Kind = "absolute") -> JointAffinity:
@@ -156,7 +156,3 @@ def check_choice(name: str, choice: str, known: Any) -> None:
 
 def _rows_columns(values: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     return values[rows][:, columns]
-
-
-def _missing(count: int, units: Tensor) -> tuple[int, ...]:
-    return tuple(sorted(set(range(count)) - set(units.tolist())))

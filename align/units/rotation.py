@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...base.errors import DataError
 from ...metrics.moments import Moments
-from .between import warn_few_samples
+from .between import left_out, warn_few_samples
 from .joint import check_choice
 from .plain import plain
 
@@ -156,8 +156,8 @@ def rotation_test(
         statistic=statistic,
         whiten=whiten,
         both=both,
-        constant_a=_others(len(moments.mean(a)), units_a),
-        constant_b=_others(len(moments.mean(b)), units_b),
+        constant_a=left_out(len(moments.mean(a)), units_a),
+        constant_b=left_out(len(moments.mean(b)), units_b),
     )
 
 
@@ -226,7 +226,3 @@ def _best(correlation: Tensor) -> Tensor:
 
 def _curve(matched: Tensor) -> Tensor:
     return matched[~matched.isnan()].sort(descending=True).values
-
-
-def _others(count: int, units: Tensor) -> tuple[int, ...]:
-    return tuple(sorted(set(range(count)) - set(units.tolist())))
