@@ -88,15 +88,19 @@ def _ours_float32(size: Size, meter: Meter) -> dict[str, Any]:
     return said(x, y, found, size)
 
 
-@task("lasso", "scikit-learn Lasso(precompute=True)")
-def _gram(size: Size, meter: Meter) -> dict[str, Any]:
+def theirs(x: np.ndarray, y: np.ndarray, meter: Meter, penalty: float) -> np.ndarray:
+    """Run scikit-learn's `Lasso` on all targets, with its Gram matrix."""
     from sklearn.linear_model import Lasso
 
-    x, y = activations(size)
     forget_peak()
     with meter():
-        w = Lasso(size["penalty"], precompute=True, fit_intercept=False, max_iter=10_000).fit(x, y).coef_
-    return said(x, y, w, size)
+        return Lasso(penalty, precompute=True, fit_intercept=False, max_iter=10_000).fit(x, y).coef_
+
+
+@task("lasso", "scikit-learn Lasso(precompute=True)")
+def _gram(size: Size, meter: Meter) -> dict[str, Any]:
+    x, y = activations(size)
+    return said(x, y, theirs(x, y, meter, size["penalty"]), size)
 
 
 @task("lasso", "numpy coordinate descent, all targets")
@@ -168,10 +172,5 @@ def _our_hard(size: Size, meter: Meter) -> dict[str, Any]:
 
 @task("hard", "scikit-learn Lasso(precompute=True)")
 def _their_hard(size: Size, meter: Meter) -> dict[str, Any]:
-    from sklearn.linear_model import Lasso
-
     x, y = conditioned(size)
-    forget_peak()
-    with meter():
-        w = Lasso(size["penalty"], precompute=True, fit_intercept=False, max_iter=10_000).fit(x, y).coef_
-    return said(x, y, w, size)
+    return said(x, y, theirs(x, y, meter, size["penalty"]), size)

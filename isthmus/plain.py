@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
+
+from isthmus.base.plain import plain
 
 
 def dumps(content: Any, indent: int | None = None) -> str:
@@ -14,19 +16,7 @@ def dumps(content: Any, indent: int | None = None) -> str:
     >>> dumps({"barrier": float("nan"), "sizes": (1, 2)})
     '{"barrier": null, "sizes": [1, 2]}'
     """
-    return json.dumps(_plain(content), indent=indent, allow_nan=False, ensure_ascii=False)
-
-
-def _plain(value: Any) -> Any:
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    if isinstance(value, Mapping):
-        return {str(key): _plain(part) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(part) for part in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
+    return json.dumps(plain(content), indent=indent, allow_nan=False, ensure_ascii=False)
 
 
 def number(value: float | None) -> str:

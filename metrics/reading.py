@@ -340,7 +340,7 @@ def _check_subsample(subsample: float | None, seed: int) -> None:
 
 def _watch(sides: Sequence[Side], stack: ExitStack, reuse: bool) -> dict[nn.Module, Activations]:
     stack.enter_context(torch.no_grad())
-    stack.enter_context(_without_fast_path())
+    stack.enter_context(without_fast_path())
     layers = {
         side.model: [name for other in sides if other.model is side.model for name in other.layers] for side in sides
     }
@@ -350,8 +350,8 @@ def _watch(sides: Sequence[Side], stack: ExitStack, reuse: bool) -> dict[nn.Modu
 
 
 @contextmanager
-def _without_fast_path() -> Iterator[None]:
-    # The fast path of nn.TransformerEncoder packs real tokens into nested tensors, which have no rows to read.
+def without_fast_path() -> Iterator[None]:
+    """Keep `nn.TransformerEncoder` from packing real tokens into nested tensors, which have no rows to read."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...base.errors import DataError
 from ...metrics.moments import Moments
-from .fitting import Layers, Rule, Step, predicted
+from .fitting import Layers, Rule, Step, falling, predicted
 from .least_squares import Ridge
 from .prediction import Prediction
 from .regression import Regression
@@ -59,12 +59,8 @@ def ridge_prediction(
     >>> ridge_prediction(moments, "b", "a", penalty=1e-6).r2_train.round(decimals=4)
     tensor([1.], dtype=torch.float64)
     """
-    values = np.geomspace(10, 10 / _SPAN, max(penalties, 1)).tolist()
-    if penalty is not None:
-        values = [float(value) for value in ([penalty] if isinstance(penalty, (int, float)) else penalty)]
-        if not values or not all(0 <= value < math.inf for value in values):
-            raise DataError(f"penalty is {penalty}; expected finite numbers from 0 on, or None to cross-validate it")
-        values.sort(reverse=True)
+    spaced = np.geomspace(10, 10 / _SPAN, max(penalties, 1)).tolist()
+    values = spaced if penalty is None else falling(penalty)
 
     def solve(problem: Regression, wanted: Sequence[float]) -> Iterator[Step]:
         ridge = Ridge(problem)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ...base.errors import DataError
+from ...base.plain import plain
 from ...metrics.moments import Moments
 from .between import warn_few_samples
 from .clusters import Clusters
-from .plain import plain
 
 _ROUNDING = 1e-12  # of the largest variance: more than float32 leaves of units that depend on each other
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from ...base.errors import DataError
+from ...base.plain import plain
 from ...metrics.moments import Moments
 from .joint import JointAffinity, Kind, check_choice, read_affinity
-from .plain import plain
+from .pictures import new_axes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -115,11 +116,9 @@ class Clusters:
         Returns:
             The axes.
         """
-        import matplotlib.pyplot as plt
         from matplotlib.patches import Rectangle
 
-        if ax is None:
-            ax = plt.subplots(layout="constrained")[1]
+        ax = new_axes(ax)
         rows = self._rows()
         values = self.affinity.values.cpu()[rows][:, rows].numpy()
         image = ax.imshow(values, cmap="viridis", vmin=0)

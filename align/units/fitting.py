@@ -122,6 +122,18 @@ def predicted(
     return _assembled(layers, problem, values, steps, chosen, unseen, crossed)
 
 
+def falling(penalty: float | Sequence[float]) -> list[float]:
+    """Read one penalty or several, the largest first.
+
+    Raises:
+        DataError: There is none, or one is negative or not finite.
+    """
+    values = [float(value) for value in ([penalty] if isinstance(penalty, (int, float)) else penalty)]
+    if not values or not all(0 <= value < math.inf for value in values):
+        raise DataError(f"penalty is {penalty}; expected finite numbers from 0 on, or None to cross-validate it")
+    return sorted(values, reverse=True)
+
+
 def _left_out(parts: Sequence[RegressionMoments], penalties: Sequence[float], solve: Solver, whole: bool) -> Tensor:
     """Give R² of each part left out in turn: (parts x penalties x targets), NaN where it is not defined.
 

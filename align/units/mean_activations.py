@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ...base.errors import DataError
+from ...base.plain import plain
 from ...metrics.moments import Moments
-from .plain import plain
+from .pictures import new_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -68,10 +69,7 @@ class MeanActivations:
         Returns:
             The axes.
         """
-        if ax is None:
-            import matplotlib.pyplot as plt
-
-            ax = plt.subplots(layout="constrained")[1]
+        ax = new_axes(ax)
         for curve, label in ((self.curve_a, "units of a"), (self.curve_b, "units of b")):
             ax.plot(_places(len(curve)), curve.tolist(), label=label)
         if self.pairs is not None:

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from .correspondence import UnitCorrespondence
 
 
+SMALL = (4.6, 3.4)
+"""Inches of a figure of curves."""
+
+
 def matched_curves(pair: UnitCorrespondence, ax: Axes | None = None) -> Axes:
     """Draw the correlations of matched units on held-out samples, best first (Li et al. 2015, Figure 3).
 
@@ -26,7 +30,7 @@ def matched_curves(pair: UnitCorrespondence, ax: Axes | None = None) -> Axes:
     Returns:
         The axes.
     """
-    ax = new_axes(ax)
+    ax = new_axes(ax, SMALL)
     curves = {
         "best partner": (pair.semi_held_out, {"color": "#0072B2", "linestyle": "-"}),
         "one-to-one": (pair.held_out, {"color": "#D55E00", "linestyle": "-"}),
@@ -42,8 +46,8 @@ def matched_curves(pair: UnitCorrespondence, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def new_axes(ax: Axes | None, size: tuple[float, float] = (4.6, 3.4)) -> Axes:
-    """Give the axes, or those of a new figure."""
+def new_axes(ax: Axes | None, size: tuple[float, float] | None = None) -> Axes:
+    """Give the axes, or those of a new figure, of matplotlib's size unless told otherwise."""
     if ax is not None:
         return ax
     import matplotlib.pyplot as plt

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ...base.errors import DataError
+from ...base.plain import plain
 from ...metrics.arrays import as_matrix
-from .plain import plain
+from .pictures import SMALL, new_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -123,10 +124,7 @@ class Prediction:
         Returns:
             The axes.
         """
-        if ax is None:
-            import matplotlib.pyplot as plt
-
-            ax = plt.subplots(figsize=(4.6, 3.4), layout="constrained")[1]
+        ax = new_axes(ax, SMALL)
         kept = self.path.count[:, 0] >= 0
         count = self.path.count[kept].to(torch.float64).mean(0).cpu().numpy()
         train = self.path.r2_train.nanmean(0).cpu().numpy()

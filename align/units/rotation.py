@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from ...base.errors import DataError
+from ...base.plain import plain
 from ...metrics.moments import Moments
 from .between import left_out, warn_few_samples
 from .joint import check_choice
-from .plain import plain
+from .pictures import new_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -64,10 +65,7 @@ class RotationTest:
         Returns:
             The axes.
         """
-        if ax is None:
-            import matplotlib.pyplot as plt
-
-            ax = plt.subplots(layout="constrained")[1]
+        ax = new_axes(ax)
         for i, curve in enumerate(self.rotated_curves.tolist()):
             ax.plot(curve, color="grey", linewidth=0.8, label=None if i else "after random rotations")
         ax.plot(self.curve.tolist(), color="tab:blue", label="units as they are")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from ...base.errors import DataError
 from ...metrics.moments import Moments
-from .fitting import Layers, Rule, Step, predicted
+from .fitting import Layers, Rule, Step, falling, predicted
 from .lasso import largest_penalty, lasso_path
 from .least_squares import least_squares
 from .prediction import Prediction
@@ -77,7 +76,7 @@ def sparse_prediction(
     >>> found.count.tolist(), [row.nonzero().flatten().tolist() for row in found.coefficients.to_dense()]
     ([2, 1], [[0, 3], [5]])
     """
-    given = None if penalty is None else _checked(penalty)
+    given = None if penalty is None else list(dict.fromkeys(falling(penalty)))
     if penalties < 1 or not 0 < smallest <= 1:
         raise DataError(f"penalties is {penalties}, smallest {smallest}; expected at least 1, and a share up to 1")
 
@@ -110,13 +109,6 @@ def sparse_prediction(
         rule=rule,
         per_target=per_target,
     )
-
-
-def _checked(penalty: float | Sequence[float]) -> list[float]:
-    values = [float(value) for value in ([penalty] if isinstance(penalty, (int, float)) else penalty)]
-    if not values or not all(0 <= value < math.inf for value in values):
-        raise DataError(f"penalty is {penalty}; expected finite numbers from 0 on, or None to cross-validate it")
-    return sorted(set(values), reverse=True)
 
 
 def _scale(problem: Regression, standardise: bool) -> Tensor | None:

@@ -13,8 +13,8 @@ from ...base.errors import DataError, nearest
 from ...base.progress import progress as progress_bar
 from ...base.running import evaluating, on_device
 from ...metrics.capture import as_mask, as_samples, capture, masks
-from ...metrics.reading import MASK, batch_count
-from .watching import Place, as_units, check_count, place_of, without_fast_path
+from ...metrics.reading import MASK, batch_count, without_fast_path
+from .watching import Place, as_units, check_count, place_of
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,6 +16,7 @@ from ...base.batches import Batch, as_batch, model_device
 from ...base.errors import DataError
 from ...base.running import evaluating, on_device
 from ...metrics.capture import Activations, as_samples, capture, unit_axes
+from ...metrics.reading import without_fast_path
 
 Example = Tensor | Sequence[int]
 """A batch of inputs, or the shape of one input."""
@@ -172,17 +173,6 @@ def _example(model: nn.Module, example: Example) -> Tensor:
         raise DataError(f"the example is {shape}; expected a batch of inputs or the shape of one, such as (3, 32, 32)")
     dtype = next((x.dtype for x in model.parameters() if x.is_floating_point()), torch.float32)
     return torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
-
-
-@contextmanager
-def without_fast_path() -> Iterator[None]:
-    """Keep `nn.TransformerEncoder` from packing tokens into nested tensors, or skipping its parts."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def as_units(units: Any, count: int | None = None, layer: str = "") -> Tensor:

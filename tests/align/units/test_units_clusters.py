@@ -24,8 +24,8 @@ from isthmus.align.units.cluster_scores import cluster_scores
 from isthmus.align.units.clusters import spectral_clusters
 from isthmus.align.units.hierarchy import hierarchical_clusters
 from isthmus.align.units.joint import joint_affinity
-from isthmus.align.units.plain import plain
 from isthmus.base.errors import DataError, LayerNotFoundError, NotFiniteError
+from isthmus.base.plain import plain
 from isthmus.metrics.moments import Moments
 
 module = import_module("isthmus.align.units.clusters")
