@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-ROOMS := base zoo metrics align align/units merge isthmus isthmus/commands
+ROOMS := base zoo metrics align align/nets align/residual align/units merge isthmus isthmus/commands
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .PHONY: demo test lint format bench survey studies notebooks clean

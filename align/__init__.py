@@ -1,6 +1,6 @@
 """Unit to unit and net to net: units of two layers, symmetry, permutations, and the matching of two networks."""
 
-from .matching import Matching, match
+from .nets import Matching, match
 from .overrides import add_group, hold_groups
 from .permutation import Permutation
 from .symmetry import Group, Pinned, Symmetry

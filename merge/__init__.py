@@ -7,8 +7,8 @@ import inspect
 import sys
 from types import ModuleType
 
-from .evaluation import Evaluation, evaluate
-from .interpolation import interpolate, weighted_mean
+from ..base.evaluation import Evaluation, evaluate
+from ..base.interpolation import interpolate, weighted_mean
 from .merging import Merged, merge
 from .path import Path, connect
 from .repair import repair

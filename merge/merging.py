@@ -13,8 +13,8 @@ from torch import nn
 from ..base.architecture import full_state
 from ..base.batches import Data, batches, require_repeatable
 from ..base.errors import ArchitectureError, DataError
-from .evaluation import Evaluation, Measure, evaluate
-from .interpolation import check_same_ties, normalised, varying, weighted_mean
+from ..base.evaluation import Evaluation, Measure, evaluate
+from ..base.interpolation import check_same_ties, normalised, varying, weighted_mean
 from .repair import choose_method
 from .repair import repair as repair_network
 

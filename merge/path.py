@@ -13,9 +13,9 @@ from torch import nn
 
 from ..base.batches import Data, batches, model_device, require_repeatable
 from ..base.errors import DataError
+from ..base.evaluation import Measure, Totals, choose_measures, evaluate
+from ..base.interpolation import Segment, segment
 from ..base.progress import progress as progress_bar
-from .evaluation import Measure, Totals, choose_measures, evaluate
-from .interpolation import Segment, segment
 from .repair import UnitStatistics, choose_method, rescale, reset, unit_statistics
 
 if TYPE_CHECKING:

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from ..base.architecture import check_same_architecture, full_state
 from ..base.batches import Data, batches, model_device, require_repeatable
 from ..base.errors import ArchitectureError, DataError
+from ..base.interpolation import normalised
 from ..base.progress import progress as progress_bar
 from ..base.running import evaluating, on_device
 from ..metrics import Moments
-from .interpolation import normalised
 
 METHODS = ("auto", "reset", "rescale")
 

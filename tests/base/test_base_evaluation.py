@@ -8,8 +8,8 @@ from sklearn.metrics import accuracy_score, log_loss
 from torch import nn
 
 from isthmus.base.errors import DataError, NotFiniteError
+from isthmus.base.evaluation import accuracy, cross_entropy
 from isthmus.merge import evaluate
-from isthmus.merge.evaluation import accuracy, cross_entropy
 
 
 def labelled(count=23, features=4, classes=3, seed=0):

@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..base.batches import Batch, model_device
-from ..base.progress import progress as bar
-from ..base.running import evaluating
-from ..metrics import Moments, capture
-from .permutation import Permutation
+from ...base.batches import Batch, model_device
+from ...base.progress import progress as bar
+from ...base.running import evaluating
+from ...metrics import Moments, capture
+from ..permutation import Permutation
+from ..symmetry import Point, Symmetry
+from ..terms import Piece, pieces
 from .problem import Family, Pair, Similarities, families, front, pairs, weight_similarities
-from .symmetry import Point, Symmetry
-from .terms import Piece, pieces
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from isthmus.align import Permutation, symmetry
-from isthmus.align.matching import weight_scores
-from isthmus.align.weights import Found, weight_matching
+from isthmus.align.nets.matching import weight_scores
+from isthmus.align.nets.weights import Found, weight_matching
 from isthmus.base.errors import DataError, NotFiniteError
 
 Parameters = dict[str, Tensor]

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..base.errors import DataError
-from ..base.progress import progress as bar
-from .assignment import assign
-from .permutation import Permutation
+from ...base.errors import DataError
+from ...base.progress import progress as bar
+from ..assignment import assign
+from ..permutation import Permutation
+from ..symmetry import Group, Symmetry
 from .problem import Family, Pair, describe, families, pairs, permute, weight_similarities
-from .symmetry import Group, Symmetry
 
 # A step counts as an improvement if it raises the objective by more than this part of its upper bound |A| |B|.
 TOLERANCE = 1e-12

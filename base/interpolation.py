@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..base.architecture import State, check_finite, check_same_architecture, full_state
-from ..base.errors import ArchitectureError, DataError
+from .architecture import State, check_finite, check_same_architecture, full_state
+from .errors import ArchitectureError, DataError
 
 
 @dataclass(frozen=True)

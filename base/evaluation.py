@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..base.batches import Batch, Data, batches, model_device
-from ..base.errors import DataError
-from ..base.running import evaluating, on_device
+from .batches import Batch, Data, batches, model_device
+from .errors import DataError
+from .running import evaluating, on_device
 
 Measure = Callable[[Any, Any], Tensor | float]
 

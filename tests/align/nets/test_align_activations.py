@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from isthmus.align import match, symmetry
-from isthmus.align.activations import activation_matching
+from isthmus.align.nets.activations import activation_matching
 from isthmus.base.batches import Batch
 
 

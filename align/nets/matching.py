@@ -13,17 +13,17 @@ from typing import Any, TypeVar, overload
 import torch
 from torch import Tensor, nn
 
-from ..base.architecture import check_finite, check_same_architecture, full_state
-from ..base.batches import Batch, Data, batches
-from ..base.errors import DataError, nearest
-from ..base.files import PathLike, save_state_dict
-from ..base.running import on_device
+from ...base.architecture import check_finite, check_same_architecture, full_state
+from ...base.batches import Batch, Data, batches
+from ...base.errors import DataError, nearest
+from ...base.files import PathLike, save_state_dict
+from ...base.running import on_device
+from ..derive import as_example
+from ..derive import symmetry as derive
+from ..permutation import Permutation, check_suffix, read_tensors, reading
+from ..symmetry import Symmetry
 from .activations import activation_matching
-from .derive import as_example
-from .derive import symmetry as derive
-from .permutation import Permutation, check_suffix, read_tensors, reading
 from .problem import pairs, rows
-from .symmetry import Symmetry
 from .weights import weight_matching
 
 FORMAT = "isthmus matching 1"

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .assignment import assign, assign_blocks
-from .symmetry import Group, Symmetry
-from .terms import Piece, pieces, take
+from ..assignment import assign, assign_blocks
+from ..symmetry import Group, Symmetry
+from ..terms import Piece, pieces, take
 
 # Units of the first network that are in double precision at a time.
 _ROWS = 512

@@ -1,0 +1,1 @@
+"""Orthogonal alignment of residual streams that are read through norms only."""
