@@ -52,7 +52,7 @@ def test_is_differentiable_in_matrices_and_weights() -> None:
     state = {name: tensor.detach().requires_grad_() for name, tensor in model.state_dict().items()}
     matrices = {name: matrix.requires_grad_() for name, matrix in one_hot(found.identity(), torch.float64).items()}
     soft = soft_apply(found, state, matrices)
-    sum((tensor * state[name].detach()).sum() for name, tensor in soft.items()).backward()
+    torch.stack([(tensor * state[name].detach()).sum() for name, tensor in soft.items()]).sum().backward()
     assert all(matrix.grad is not None and matrix.grad.abs().sum() > 0 for matrix in matrices.values())
     # at the identity <w, P w> grows by |w|² where w itself moves
     torch.testing.assert_close(state["side.weight"].grad, state["side.weight"].detach())
