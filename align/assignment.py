@@ -29,6 +29,9 @@ def assign(similarity: Tensor) -> Tensor:
     """
     if not torch.isfinite(similarity).all():
         raise NotFiniteError(f"a similarity matrix of shape {tuple(similarity.shape)} holds NaN or infinity")
+    favourites = similarity.detach().argmax(1).cpu()
+    if len(favourites.unique()) == len(favourites):
+        return favourites  # each row has its best, and no two the same: nothing can be better
     matrix = similarity.detach().to("cpu", torch.float64).numpy()
     return torch.from_numpy(linear_sum_assignment(matrix, maximize=True)[1])
 

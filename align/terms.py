@@ -196,6 +196,11 @@ class Piece:
     dims: tuple[Dim, ...]
     positions: tuple[Tensor | None, ...]  # per tensor axis; None: all of it
 
+    @property
+    def numel(self) -> int:
+        """Number of its entries."""
+        return math.prod(dim.size for dim in self.dims)
+
     def get(self, tensor: Tensor) -> Tensor:
         """Cut the piece out; a view where the piece is the whole tensor."""
         for axis, positions in enumerate(self.positions):

@@ -7,7 +7,7 @@ matching (Ainsworth et al. 2023, eq. 1), for any structure of groups.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,24 +15,42 @@ from torch import Tensor
 
 from ..assignment import assign, assign_blocks
 from ..symmetry import Group, Symmetry
-from ..terms import Piece, pieces, take
+from ..terms import Piece, pieces
 
 # Units of the first network that are in double precision at a time.
 _ROWS = 512
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class Pair:
-    """A piece of the first network beside the same piece of the second, permuted as far as has been found."""
+    """A piece of the first network beside the same piece of the second; both are read where they lie, when asked for.
 
+    Attributes:
+        name: Of the parameter that it is a piece of.
+        piece: Which part, and what its dimensions are.
+        source_a: Parameters of the first network, by name.
+        source_b: Parameters of the second.
+    """
+
+    name: str
     piece: Piece
-    a: Tensor
-    b: Tensor
+    source_a: Mapping[str, Tensor]
+    source_b: Mapping[str, Tensor]
 
     @property
-    def value(self) -> float:
-        """<A, p(B)> in float64."""
-        return float(torch.dot(self.a.flatten().double(), self.b.flatten().double()))
+    def a(self) -> Tensor:
+        """The first network's values, with the piece's dimensions."""
+        return self.piece.get(self.source_a[self.name].detach())
+
+    @property
+    def b(self) -> Tensor:
+        """The second network's values, in its own order."""
+        return self.piece.get(self.source_b[self.name].detach())
+
+    @property
+    def groups(self) -> list[str]:
+        """Names of the groups of its dimensions."""
+        return [dim.group for dim in self.piece.dims if dim.group]
 
 
 @dataclass(frozen=True)
@@ -68,8 +86,8 @@ def pairs(symmetry: Symmetry, a: Mapping[str, Tensor], b: Mapping[str, Tensor]) 
         b: Parameters of the second.
     """
     return [
-        Pair(piece, piece.get(tensor.detach()), piece.get(b[name].detach()))
-        for name, tensor in a.items()
+        Pair(name, piece, a, b)
+        for name in a
         for piece in pieces(symmetry.layout[name])
         if any(dim.group for dim in piece.dims)
     ]
@@ -103,14 +121,9 @@ def profile(tensor: Tensor, piece: Piece, dims: list[int]) -> Tensor:
     return ordered.reshape(-1, ordered[(0,) * len(dims)].numel())
 
 
-def permute(pair: Pair, indices: Mapping[str, Tensor], symmetry: Symmetry) -> Tensor:
-    """Permute the second network's piece."""
-    return take(pair.b, pair.piece, indices, symmetry.within)
-
-
 @dataclass(frozen=True)
 class Similarities:
-    """Similarity of a family's units in two networks, in float64 on the CPU.
+    """Similarity of a family's units in two networks; in float64 on the CPU unless it was started otherwise.
 
     Attributes:
         outer: (G, G) for the units of the family's group, or those of blocks that do not depend on the units inside.
@@ -121,29 +134,35 @@ class Similarities:
     inner: dict[str, Tensor]
 
     @classmethod
-    def zeros(cls, family: Family) -> Similarities:
+    def zeros(
+        cls, family: Family, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu"
+    ) -> Similarities:
         """Start with nothing."""
-        size = family.group.size
-        inner = {g.name: torch.zeros(size, g.size, size, g.size, dtype=torch.float64) for g in family.inner}
-        return cls(torch.zeros(size, size, dtype=torch.float64), inner)
+        size, kind = family.group.size, {"dtype": dtype, "device": device}
+        inner = {g.name: torch.zeros(size, g.size, size, g.size, **kind) for g in family.inner}
+        return cls(torch.zeros(size, size, **kind), inner)
 
     def add(self, inner: str | None, similarity: Tensor) -> None:
         """Add a matrix over the units of the group inside the blocks, or over the group itself (None)."""
         target = self.outer if inner is None else self.inner[inner]
-        target += similarity.to("cpu", torch.float64).reshape(target.shape)
+        target += similarity.to(target).reshape(target.shape)
 
-    def add_product(self, inner: str | None, a: Tensor, b: Tensor) -> None:
-        """Add the inner products of units in float64, some rows at a time: whole networks are never held in double.
+    def add_product(self, inner: str | None, a: Tensor, b: Tensor, weight: float = 1.0) -> None:
+        """Add the inner products of units in the precision of the sums, some rows at a time.
+
+        Whole networks are never held in double.
 
         Args:
             inner: As in `add`.
             a: (units, features) of the first network.
             b: The same of the second.
+            weight: Of these products in the sum.
         """
         target = (self.outer if inner is None else self.inner[inner]).view(len(a), len(b))
-        columns = b.double().T
+        columns = b.to(target.dtype).T
         for rows_of_a, rows_of_target in zip(a.split(_ROWS), target.split(_ROWS), strict=True):
-            rows_of_target += (rows_of_a.double() @ columns).to(target)
+            product = rows_of_a.to(target.dtype) @ columns
+            rows_of_target.add_(product.to(target.device), alpha=weight)
 
     def solve(self, family: Family) -> dict[str, Tensor]:
         """Assign the units of every group in the family."""
@@ -153,20 +172,32 @@ class Similarities:
         return {family.group.name: matched, **picked}
 
 
-def weight_similarities(found: Iterable[Pair], family: Family, *, profiles: bool = False) -> Similarities:
+def weight_similarities(
+    found: Iterable[Pair],
+    family: Family,
+    *,
+    profiles: bool = False,
+    moved: Callable[[Pair], Tensor] | None = None,
+    total: Similarities | None = None,
+) -> Similarities:
     """Compute the inner products of all weights of the units of a family, or of their profiles.
 
     Args:
         found: The pieces of both networks.
         family: Whose units.
         profiles: Compare what no permutation of other groups changes.
+        moved: Gives the second network's values of a pair, permuted; by default they are as they come.
+        total: What to add to; by default a new sum in float64 on the CPU.
     """
-    total = Similarities.zeros(family)
+    total = Similarities.zeros(family) if total is None else total
     for pair in found:
+        if family.group.name not in pair.groups:
+            continue
+        values = pair.a, (pair.b if moved is None else moved(pair))
         for at, dim in enumerate(pair.piece.dims):
             if dim.group == family.group.name:
                 dims, inner = front(pair.piece, at, family)
-                a, b = (describe(tensor, pair.piece, dims, profiles) for tensor in (pair.a, pair.b))
+                a, b = (describe(tensor, pair.piece, dims, profiles) for tensor in values)
                 total.add_product(inner, a, b)
     return total
 

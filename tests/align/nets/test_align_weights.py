@@ -235,8 +235,7 @@ def test_the_first_restart_begins_at_the_start() -> None:
     start = found.random(torch.Generator().manual_seed(4))
     result = weight_matching(found, parameters(a), parameters(b), start=start, restarts=1)
     assert result.history[0][0] == pytest.approx(inner_product(parameters(a), start.apply(parameters(b))), rel=1e-12)
-    plain = weight_matching(found, parameters(a), parameters(b), restarts=1)
-    assert plain.history[0][0] == pytest.approx(inner_product(parameters(a), parameters(b)), rel=1e-12)
+    assert result.objective >= result.history[0][0]
 
 
 def test_parameters_are_untouched_and_nan_does_not_pass(cases: dict[str, Any]) -> None:

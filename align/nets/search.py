@@ -1,0 +1,240 @@
+"""The state of a search for a permutation, and the step that every search shares: one family, solved exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..assignment import assign
+from ..permutation import Permutation
+from ..symmetry import Group, Symmetry
+from ..terms import take
+from .problem import Family, Pair, Similarities, describe, families, pairs, weight_similarities
+
+# A step counts as an improvement if it raises the objective by more than this part of its upper bound |A| |B|.
+TOLERANCE = 1e-12
+
+
+@dataclass(eq=False)
+class Problem:
+    """What all searches between two networks share, and never change.
+
+    Attributes:
+        symmetry: Of both networks.
+        pairs: Their pieces; the parameters are read where they lie.
+        families: What is assigned at once; those outside `only` are left out.
+        scale: Upper bound |A| |B| of the objective.
+    """
+
+    symmetry: Symmetry
+    pairs: list[Pair]
+    families: list[Family]
+    scale: float
+    remembered: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def between(
+        cls,
+        symmetry: Symmetry,
+        a: Mapping[str, Tensor],
+        b: Mapping[str, Tensor],
+        only: Sequence[str] | None = None,
+    ) -> Problem:
+        """State the problem of bringing b into the order of a; only the groups named in `only` move."""
+        found = pairs(symmetry, a, b)
+        scale = sum(float(pair.a.double().norm() * pair.b.double().norm()) for pair in found)
+        moving = [f for f in families(symmetry) if only is None or set(f.names) <= set(only)]
+        return cls(symmetry, found, moving, scale)
+
+    @property
+    def moving(self) -> set[str]:
+        """Names of the groups that may move."""
+        return {name for family in self.families for name in family.names}
+
+    def touching(self, family: Family) -> list[Pair]:
+        """Pieces that hold units of a family."""
+        return [pair for pair in self.pairs if set(pair.groups) & set(family.names)]
+
+    def neighbours(self, index: int) -> set[int]:
+        """Families whose assignment depends on this one: those that share a piece; itself where it meets itself."""
+        mine = self.families[index]
+        touched: set[str] = set()
+        again = False
+        for pair in self.touching(mine):
+            touched |= set(pair.groups)
+            again |= pair.groups.count(mine.group.name) > 1
+        near = {at for at, family in enumerate(self.families) if at != index and set(family.names) & touched}
+        return near | ({index} if again else set())
+
+    def settled(self, family: Family) -> list[Pair]:
+        """Find large pieces that hold no other group: of their product a change moves the columns and nothing else."""
+        group = family.group
+        return [
+            pair
+            for pair in self.pairs
+            if pair.groups == [group.name] and pair.piece.numel > group.size**2 and not family.inner
+        ]
+
+    def remember(self, family: Family, settled: list[Pair]) -> Tensor:
+        """Give the similarity of settled pieces with b in its first order; computed once."""
+        name = family.group.name
+        if name not in self.remembered:
+            self.remembered[name] = weight_similarities(settled, family).outer
+        return self.remembered[name]
+
+
+class Search:
+    """A permutation of the second network on its way to a better one; b stays where it lies and is permuted in passing.
+
+    Attributes:
+        problem: What is searched.
+        permutation: What has been found so far.
+        certain: Per family, when it was last visited: the share of units whose match is the best of both sides.
+    """
+
+    def __init__(self, problem: Problem, start: Permutation) -> None:
+        self.problem = problem
+        self.permutation = start
+        self.certain: dict[int, float] = {}
+
+    def now(self, pair: Pair) -> Tensor:
+        """The second network's piece in the order found so far."""
+        return take(pair.b, pair.piece, self.permutation.indices, self.problem.symmetry.within)
+
+    def value(self, found: Iterable[Pair]) -> float:
+        """Sum of <A, p(B)> over pieces, in float64."""
+        return sum(float(torch.dot(pair.a.flatten().double(), self.now(pair).flatten().double())) for pair in found)
+
+    @property
+    def objective(self) -> float:
+        """<A, p(B)> over all pieces."""
+        return self.value(self.problem.pairs)
+
+    def descend(self, generator: torch.Generator, max_sweeps: int) -> list[float]:
+        """Sweep over the families in random order until nothing improves; gives the objective after each sweep.
+
+        A family whose neighbours have not changed since its last visit is not visited again. The objective never
+        falls: where a step is exact only to first order, as in a residual stream that meets itself, it is undone
+        unless it helps.
+        """
+        history = [self.objective]
+        pending = set(range(len(self.problem.families)))
+        for _ in range(max_sweeps):
+            gained = 0.0
+            for index in torch.randperm(len(self.problem.families), generator=generator).tolist():
+                if index in pending:
+                    pending.discard(index)
+                    gain = self.improve(index)
+                    if gain > 0:
+                        pending |= self.problem.neighbours(index)
+                    gained += gain
+            history.append(history[-1] + gained)
+            if not pending:
+                break
+        final = self.objective  # the sums of gains differ from it by rounding
+        return [*(min(value, final) for value in history[:-1]), final]
+
+    def improve(self, index: int) -> float:
+        """Bring one family into its best order while everything else stays; gives what the objective gains."""
+        family = self.problem.families[index]
+        if family.inner or family.group.within:
+            step, gain = self._solve(index), None
+        else:
+            similarity = self.similarities(family).outer
+            step = {family.group.name: assign(similarity)}
+            self.certain[index] = _mutual(similarity, step[family.group.name])
+            gain = float(similarity.gather(1, step[family.group.name][:, None]).sum() - similarity.trace())
+        if all(torch.equal(order, _still(order)) for order in step.values()):
+            return 0.0
+        touched = self.problem.touching(family)
+        if gain is None or any(pair.groups.count(family.group.name) > 1 for pair in touched):
+            gain = self._measured_gain(step, touched)
+        if gain <= TOLERANCE * self.problem.scale:
+            return 0.0
+        self.commit(step)
+        return gain
+
+    def _measured_gain(self, step: Mapping[str, Tensor], touched: list[Pair]) -> float:
+        before, kept = self.value(touched), self.permutation
+        self.commit(step)
+        after = self.value(touched)
+        self.permutation = kept
+        return after - before
+
+    def commit(self, step: Mapping[str, Tensor]) -> None:
+        """Follow what has been found by a further change of order."""
+        symmetry = self.problem.symmetry
+        change = Permutation(symmetry, {**symmetry.identity().indices, **step})
+        self.permutation = change.compose(self.permutation)
+
+    def _solve(self, index: int) -> dict[str, Tensor]:
+        """Find the best change of order of a family of blocks, or of one that lies within others."""
+        family = self.problem.families[index]
+        if family.group.within:
+            total = self.within(family.group, self.problem.pairs)
+            step = {family.group.name: assign_each(total)}
+            self.certain[index] = _mutual(total, step[family.group.name])
+            return step
+        total = self.similarities(family)
+        step = total.solve(family)
+        blocks = step[family.group.name]
+        inside = [
+            _mutual(similarity[torch.arange(len(blocks)), :, blocks], step[name])
+            for name, similarity in total.inner.items()
+        ]
+        self.certain[index] = min(inside)
+        return step
+
+    def similarities(self, family: Family) -> Similarities:
+        """Inner products of the units of a family, columns in the order found so far."""
+        settled = self.problem.settled(family)
+        rest = [pair for pair in self.problem.pairs if pair not in settled]
+        total = weight_similarities(rest, family, moved=self.now)
+        if settled:
+            order = self.permutation.indices[family.group.name]
+            total.add(None, self.problem.remember(family, settled)[:, order])
+        return total
+
+    def within(
+        self,
+        group: Group,
+        found: Iterable[Pair],
+        *,
+        profiles: bool = False,
+        weights: Mapping[Pair, float] | None = None,
+    ) -> Tensor:
+        """Inner products of the units of a group in every position of the groups around it: (*positions, n, n)."""
+        sizes = [self.problem.symmetry.by_name[name].size for name in group.within]
+        total = torch.zeros(*sizes, group.size, group.size, dtype=torch.float64)
+        for pair in found:
+            for at, dim in enumerate(pair.piece.dims):
+                if dim.group == group.name:
+                    around = [pair.piece.partner(at, name) for name in group.within]
+                    dims = [*(d for d in around if d is not None), at]
+                    a, b = (
+                        describe(part, pair.piece, dims, profiles).double().reshape(*sizes, group.size, -1)
+                        for part in (pair.a, self.now(pair))
+                    )
+                    product = (a @ b.transpose(-1, -2)).to("cpu")
+                    total += product if weights is None else weights[pair] * product
+        return total
+
+
+def assign_each(similarity: Tensor) -> Tensor:
+    """Assign every matrix of a batch (…, n, n): (…, n)."""
+    matrices = similarity.reshape(-1, *similarity.shape[-2:])
+    return torch.stack([assign(matrix) for matrix in matrices]).reshape(similarity.shape[:-1])
+
+
+def _still(order: Tensor) -> Tensor:
+    return torch.arange(order.shape[-1]).expand(order.shape)
+
+
+def _mutual(similarity: Tensor, order: Tensor) -> float:
+    """Share of the rows of (…, n, n) whose match is the best of its row and of its column."""
+    matched = similarity.gather(-1, order.unsqueeze(-1)).squeeze(-1)
+    best = (matched >= similarity.amax(-1)) & (matched >= similarity.amax(-2).gather(-1, order))
+    return float(best.double().mean())
