@@ -18,6 +18,7 @@ from .cifar import COMPACT, FIRST_BATCH, read_batches, read_compact
 from .idx import read_idx
 from .locate import find_file
 from .subset import kept_rows
+from .text import Text, TextLoader
 
 Split = Literal["train", "test"]
 
@@ -231,21 +232,24 @@ class Loader:
 
 
 def loader(
-    dataset: Dataset,
+    dataset: Dataset | Text,
     batch_size: int = 512,
     *,
     shuffle: bool = False,
     generator: torch.Generator | None = None,
     augment: bool = False,
-) -> Loader:
-    """Iterate over a data set in batches `(x, y)` of normalised images and labels, the last one maybe smaller.
+) -> Loader | TextLoader:
+    """Iterate over a data set in batches `(x, y)`, the last one maybe smaller.
+
+    Of images these are normalised images and labels; of a text windows and the next character after each character.
 
     Args:
-        dataset: From `load_data`.
-        batch_size: Images in a batch.
+        dataset: From `load_data` or `load_text`.
+        batch_size: Images or windows in a batch.
         shuffle: A new order in each iteration.
         generator: Source of the orders and of the augmentation, on the CPU; None for one of seed 0.
-        augment: Crop at random after padding by an eighth of the size, and mirror half of the images (numerals never).
+        augment: Crop at random after padding by an eighth of the size, and mirror half of the images (numerals
+            never, and no text).
 
     Raises:
         DataError: The batch size is below 1.
@@ -258,6 +262,8 @@ def loader(
         raise DataError(f"batch_size is {batch_size}; a batch needs at least one image")
     if generator is None:
         generator = torch.Generator().manual_seed(0)
+    if isinstance(dataset, Text):
+        return dataset.batches(batch_size, shuffle=shuffle, generator=generator)
     return Loader(dataset, batch_size, shuffle, generator, augment)
 
 

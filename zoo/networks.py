@@ -16,6 +16,8 @@ from .data import Dataset
 from .norms import Norm, norm_layer
 from .resnet import resnet
 from .seeding import seeded
+from .text import Text
+from .transformer import transformer, vit
 
 Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
 
@@ -202,15 +204,23 @@ def _make_up_for_padding(convolution: nn.Module, image_size: int) -> None:
         convolution.get_parameter("weight").div_(inside)
 
 
-NETWORKS: dict[str, Callable[..., nn.Module]] = {"mlp": mlp, "all_cnn": all_cnn, "vgg": vgg, "resnet": resnet}
+NETWORKS: dict[str, Callable[..., nn.Module]] = {
+    "mlp": mlp,
+    "all_cnn": all_cnn,
+    "vgg": vgg,
+    "resnet": resnet,
+    "vit": vit,
+    "transformer": transformer,
+}
 
 
-def build(name: str, dataset: Dataset | None = None, seed: int | None = None, **kwargs: object) -> nn.Module:
+def build(name: str, dataset: Dataset | Text | None = None, seed: int | None = None, **kwargs: object) -> nn.Module:
     """Make a network by name, fitted to the images and classes of a data set.
 
     Args:
-        name: A key of `NETWORKS`: `"mlp"`, `"all_cnn"`, `"vgg"` or `"resnet"`.
-        dataset: Where the numbers of inputs, channels and classes and the image size come from; None for the defaults.
+        name: A key of `NETWORKS`: `"mlp"`, `"all_cnn"`, `"vgg"`, `"resnet"`, `"vit"` or `"transformer"`.
+        dataset: Where the numbers of inputs, channels and classes and the image size, or the vocabulary and the
+            context, come from; None for the defaults.
         seed: Seed of the initial weights; None draws them from torch's global generator.
         **kwargs: Further arguments of the network; they go before what the data set says.
 
@@ -231,7 +241,9 @@ def build(name: str, dataset: Dataset | None = None, seed: int | None = None, **
     return NETWORKS[name](seed=seed, **{**{k: v for k, v in fitted.items() if k in known}, **kwargs})
 
 
-def _shape_arguments(dataset: Dataset) -> dict[str, object]:
+def _shape_arguments(dataset: Dataset | Text) -> dict[str, object]:
+    if isinstance(dataset, Text):
+        return {"vocabulary": len(dataset.classes), "context": dataset.context}
     _, channels, height, width = dataset.images.shape
     if height != width:
         raise ArchitectureError(f"{dataset.name}: images of {height}x{width}; the networks here take square ones")

@@ -22,6 +22,7 @@ from ..base.files import PathLike, make_folder, save_state_dict, write_atomic
 from ..base.progress import progress as progress_bar
 from .data import Dataset, Loader, loader
 from .seeding import seeded
+from .text import Text, TextLoader
 
 # Reading the loss of every batch would make an accelerator wait for it.
 _BATCHES_BETWEEN_CHECKS = 20
@@ -41,7 +42,7 @@ class Recipe:
 
     Attributes:
         epochs: Passes over the training set.
-        batch_size: Images in a step.
+        batch_size: Images, or windows of a text, in a step.
         optimizer: `"sgd"`, `"adam"` or `"adamw"`.
         lr: Highest learning rate. About 0.1 for SGD on networks with norms, 0.01 to 0.05 without; 0.001 for Adam.
         momentum: Of SGD; the others do not read it.
@@ -50,6 +51,7 @@ class Recipe:
         warmup_epochs: Length of the rise, may be a fraction.
         augment: Random crops and mirrored images, see `loader`.
         label_smoothing: Share of the target spread over all classes, in [0, 1).
+        clip: Longest gradient, all parameters together; longer ones are shortened to it (Pascanu et al. 2013).
         precision: Of the forward and backward pass: `"float32"`, or `"bfloat16"` (autocast, images with channels last:
             two to three times as fast where the processor multiplies it). Weights are float32 in both.
         seed: Of the order of the images, their augmentation, and dropout; not of the initial weights.
@@ -71,6 +73,7 @@ class Recipe:
     warmup_epochs: float = 1.0
     augment: bool = False
     label_smoothing: float = 0.0
+    clip: float = math.inf
     precision: Literal["float32", "bfloat16"] = "float32"
     seed: int = 0
 
@@ -86,6 +89,7 @@ class Recipe:
             ("schedule", self.schedule in ("cosine", "constant", "step"), "'cosine', 'constant' or 'step'"),
             ("warmup_epochs", 0 <= self.warmup_epochs <= self.epochs, f"from 0 to epochs ({self.epochs})"),
             ("label_smoothing", 0 <= self.label_smoothing < 1, "a number in [0, 1)"),
+            ("clip", self.clip > 0, "a number above zero, infinity for none"),
             ("precision", self.precision in ("float32", "bfloat16"), "'float32' or 'bfloat16'"),
         ):
             if not good:
@@ -113,6 +117,7 @@ RECIPES: dict[str, Recipe] = {
     "all_cnn": Recipe(epochs=30, lr=0.02, warmup_epochs=2.0, augment=True),
     "vgg": Recipe(epochs=30, lr=0.02, warmup_epochs=2.0, augment=True),
     "resnet": Recipe(epochs=30, lr=0.1, augment=True),
+    "transformer": Recipe(epochs=10, batch_size=32, optimizer="adamw", lr=1e-3, weight_decay=0.1, clip=1.0),
 }
 
 
@@ -145,10 +150,10 @@ class History:
 
 def train(
     model: nn.Module,
-    train_set: Dataset,
+    train_set: Dataset | Text,
     recipe: Recipe | None = None,
     *,
-    test_set: Dataset | None = None,
+    test_set: Dataset | Text | None = None,
     device: torch.device | str | None = None,
     checkpoint_dir: PathLike | None = None,
     checkpoint_every: int = 1,
@@ -160,7 +165,7 @@ def train(
     (training or evaluation) that it came with; parameters that need no gradient stay as they are.
 
     Args:
-        model: Maps a batch of images to class scores.
+        model: Maps a batch of images to class scores, or of windows of a text to scores of each next character.
         train_set: What it learns.
         recipe: None for `Recipe()`; `RECIPES` has one for each network here.
         test_set: What it is tested on after each epoch.
@@ -197,7 +202,7 @@ def train(
         _check_fit(model, train_set)
         optimizer = _optimizer(model, recipe)
         generator = torch.Generator().manual_seed(recipe.seed)
-        batches = loader(train_set, recipe.batch_size, shuffle=True, generator=generator, augment=recipe.augment)
+        batches = _shuffled(train_set, recipe, generator)
         try:
             with progress_bar(range(1, recipe.epochs + 1), "training", show=progress) as bar:
                 for epoch in bar:
@@ -213,16 +218,17 @@ def train(
     return history
 
 
-def evaluate(model: nn.Module, dataset: Dataset, *, batch_size: int = 512) -> tuple[float, float]:
+def evaluate(model: nn.Module, dataset: Dataset | Text, *, batch_size: int = 512) -> tuple[float, float]:
     """Test a network, in evaluation mode.
 
     Args:
-        model: Maps a batch of images to class scores; each module keeps the mode that it came with.
+        model: Maps a batch of images to class scores, or of windows of a text to scores of each next character; each
+            module keeps the mode that it came with.
         dataset: What it is tested on; moved to the device of the model.
-        batch_size: Images in a batch.
+        batch_size: Images in a batch, at most; a sixteenth as many windows of a text.
 
     Returns:
-        Mean cross-entropy in nats, and accuracy in [0, 1].
+        Mean cross-entropy in nats, and accuracy in [0, 1]; over all characters of a text.
 
     Raises:
         NotFiniteError: An output is NaN or infinite.
@@ -232,22 +238,24 @@ def evaluate(model: nn.Module, dataset: Dataset, *, batch_size: int = 512) -> tu
     >>> abs(loss - math.log(10)) < 0.3
     True
     """
-    batches = loader(dataset.to(model_device(model)), batch_size)
-    loss, correct = 0.0, 0
+    dataset = dataset.to(model_device(model))
+    batches = dataset.batches(-(-batch_size // 16)) if isinstance(dataset, Text) else loader(dataset, batch_size)
+    loss, correct, seen = 0.0, 0, 0
     with _modes_restored(model), torch.no_grad():
         model.eval()
         for x, y in batches:
-            scores = model(x)
+            scores, y = model(x).flatten(0, -2), y.flatten()
             loss += F.cross_entropy(scores.double(), y, reduction="sum").item()
             correct += int((scores.argmax(1) == y).sum())
+            seen += len(y)
     if not math.isfinite(loss):
         raise NotFiniteError(f"the loss on {dataset.name} ({dataset.split}) is {loss}; a training that diverged?")
-    return loss / len(dataset), correct / len(dataset)
+    return loss / seen, correct / seen
 
 
 def _train_epoch(
     model: nn.Module,
-    batches: Loader,
+    batches: Loader | TextLoader,
     optimizer: torch.optim.Optimizer,
     recipe: Recipe,
     epoch: int,
@@ -264,10 +272,12 @@ def _train_epoch(
         rate = recipe.learning_rate(epoch - 1 + step / len(batches))
         for group in optimizer.param_groups:
             group["lr"] = rate
-        scores = _scores(model, x, recipe)
+        scores, y = _scores(model, x, recipe).flatten(0, -2), y.flatten()
         loss = F.cross_entropy(scores, y, label_smoothing=recipe.label_smoothing)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        if recipe.clip < math.inf:
+            nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
         optimizer.step()
         total = total.to(loss.device) + loss.detach().double() * len(y)
         correct = correct.to(loss.device) + (scores.detach().argmax(1) == y).sum()
@@ -284,11 +294,19 @@ def _train_epoch(
     history.seconds.append(time.perf_counter() - start)
 
 
+def _shuffled(dataset: Dataset | Text, recipe: Recipe, generator: torch.Generator) -> Loader | TextLoader:
+    if isinstance(dataset, Text):
+        if recipe.augment:
+            raise RecipeError(f"recipe: augment is for images, but {dataset.name} is a text")
+        return dataset.batches(recipe.batch_size, shuffle=True, generator=generator)
+    return loader(dataset, recipe.batch_size, shuffle=True, generator=generator, augment=recipe.augment)
+
+
 def _scores(model: nn.Module, x: Tensor, recipe: Recipe) -> Tensor:
     if recipe.precision == "float32":
         return model(x)
     with torch.autocast(x.device.type, torch.bfloat16):
-        return model(x.contiguous(memory_format=torch.channels_last)).float()
+        return model(x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x).float()
 
 
 def _check_loss(total: Tensor, epoch: int, recipe: Recipe) -> None:
@@ -299,26 +317,29 @@ def _check_loss(total: Tensor, epoch: int, recipe: Recipe) -> None:
         )
 
 
-def _check_fit(model: nn.Module, dataset: Dataset) -> None:
+def _check_fit(model: nn.Module, dataset: Dataset | Text) -> None:
     model.eval()
-    x = dataset.normalise(dataset.images[:2])
+    text = isinstance(dataset, Text)
+    x = dataset.inputs()[:2] if text else dataset.normalise(dataset.images[:2])
+    things = "windows" if text else "images"
     try:
         with torch.no_grad():
             scores = model(x)
-    except RuntimeError as error:
+    except (RuntimeError, IndexError) as error:
         raise ArchitectureError(
-            f"the network does not take {dataset.name} images of shape {tuple(x.shape)}: {error}; "
-            "make it with build(name, dataset)"
+            f"the network does not take {dataset.name} {things} of shape {tuple(x.shape)}: {error}; "
+            + (f"its characters are 0 to {len(dataset.classes) - 1}" if text else "make it with build(name, dataset)")
         ) from error
-    if not isinstance(scores, Tensor) or scores.shape[:1] != x.shape[:1] or scores.ndim != 2:
+    wanted = (*x.shape, "characters") if text else (len(x), "classes")
+    if not isinstance(scores, Tensor) or scores.shape[:-1] != wanted[:-1]:
         shape = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         raise ArchitectureError(
-            f"the network gives {shape} for {len(x)} images; expected class scores ({len(x)}, classes)"
+            f"the network gives {shape} for {len(x)} {things}; expected class scores ({', '.join(map(str, wanted))})"
         )
-    if scores.shape[1] < len(dataset.classes):
+    if scores.shape[-1] < len(dataset.classes):
         raise ArchitectureError(
-            f"the network has {scores.shape[1]} outputs but {dataset.name} has {len(dataset.classes)} classes; "
-            f"make it with classes={len(dataset.classes)}"
+            f"the network has {scores.shape[-1]} outputs but {dataset.name} has {len(dataset.classes)} classes; "
+            f"make it with {'vocabulary' if text else 'classes'}={len(dataset.classes)}"
         )
 
 

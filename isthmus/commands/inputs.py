@@ -14,12 +14,12 @@ import click
 import torch
 from torch import nn
 
-from isthmus.align import Symmetry, symmetry
+from isthmus.align import Matching, Permutation, Symmetry, symmetry
 from isthmus.base.architecture import check_finite, check_same_architecture
 from isthmus.base.batches import Batch, Data, batches, model_device
-from isthmus.base.errors import ArchitectureError, DataError, nearest
+from isthmus.base.errors import ArchitectureError, CheckpointError, DataError, nearest
 from isthmus.base.files import load_state_dict
-from isthmus.zoo import DATASETS, NETWORKS, Dataset, build, load_data, loader
+from isthmus.zoo import DATASETS, NETWORKS, TEXTS, Dataset, Text, build, load_data, load_text, loader
 from isthmus.zoo.seeding import seeded
 
 from .options import DataOptions, NetworkOptions
@@ -44,7 +44,7 @@ class Source:
     split: str | None
     batches: Data
     example: Batch
-    dataset: Dataset | None = None
+    dataset: Dataset | Text | None = None
 
     def __str__(self) -> str:
         return self.name if self.split is None else f"{self.name}, {self.split} split"
@@ -71,17 +71,26 @@ def open_data(options: DataOptions, split: str, device: str = "cpu") -> Source:
         raise click.UsageError("no data was named; pass --data, such as --data digits")
     if ":" in options.data:
         return _from_factory(options, split)
+    if options.data in TEXTS:
+        return _text(options, split, device)
     if options.data_args is not None:
-        raise click.UsageError("--data-args are arguments of a factory; a data set of the zoo takes none")
+        raise click.UsageError("--data-args are arguments of a factory or a text; data sets of images take none")
     if options.data not in DATASETS:
         raise DataError(
-            f"no data set {options.data!r}{nearest(options.data, DATASETS)}; or name a function that returns "
-            "batches as package.module:factory"
+            f"no data set {options.data!r}{nearest(options.data, (*DATASETS, *TEXTS))}; or name a function that "
+            "returns batches as package.module:factory"
         )
     found = load_data(options.data, split, data_dir=options.data_dir, limit=options.limit)  # pyright: ignore[reportArgumentType]
     found = found.to(device)
     example = Batch((found.normalise(found.images[:_EXAMPLES]),))
     return Source(options.data, split, loader(found, options.batch_size or 512), example, found)
+
+
+def _text(options: DataOptions, split: str, device: str) -> Source:
+    arguments = {"data_dir": options.data_dir, "limit": options.limit, **(options.data_args or {})}
+    text = _call(load_text, {"name": options.data, "split": split, **arguments}, str(options.data), "--data-args")
+    text = text.to(device)
+    return Source(text.name, split, text.batches(options.batch_size or 32), Batch((text.inputs()[:_EXAMPLES],)), text)
 
 
 def open_both(options: DataOptions, device: str = "cpu") -> tuple[Source, Source]:
@@ -146,7 +155,7 @@ def _call(factory: Callable[..., Any], arguments: Mapping[str, Any], name: str, 
     return factory(**arguments)
 
 
-def make_network(options: NetworkOptions, dataset: Dataset | None, seed: int = 0) -> nn.Module:
+def make_network(options: NetworkOptions, dataset: Dataset | Text | None, seed: int = 0) -> nn.Module:
     """Make a network by its name in the zoo, to fit a data set, or by a factory.
 
     Raises:
@@ -271,3 +280,13 @@ def check_device(name: str) -> str:
     except (RuntimeError, AssertionError) as error:
         raise click.UsageError(f"--device {name}: {str(error).splitlines()[0]}") from error
     return name
+
+
+def open_order(path: Path) -> Permutation | Matching:
+    """Read a saved matching or permutation."""
+    try:
+        return Matching.load(path)
+    except CheckpointError as error:
+        if "is not a file of the form" not in str(error):
+            raise
+        return Permutation.load(path)

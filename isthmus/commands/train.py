@@ -44,7 +44,7 @@ def command(
     import dataclasses
 
     from isthmus.base.files import save_state_dict
-    from isthmus.zoo import train
+    from isthmus.zoo import Dataset, train
 
     from ..plain import number, percent
     from .inputs import check_device, make_network, open_data
@@ -64,10 +64,11 @@ def command(
     last = {name: values[-1] for name, values in history.to_dict().items() if values and name.startswith(("tr", "te"))}
     last["test_samples"] = len(test_set)
     result = {"out": str(out), **facts, "recipe": dataclasses.asdict(recipe), **last}
+    what = "images" if isinstance(train_set, Dataset) else "windows"
     lines = [
-        f"{network.model} on {train_set.name}, {len(train_set):,} images, {recipe.epochs} epochs, seed {seed}",
+        f"{network.model} on {train_set.name}, {len(train_set):,} {what}, {recipe.epochs} epochs, seed {seed}",
         f"test loss {number(last['test_loss'])}, test accuracy {percent(last['test_accuracy'])}, "
-        f"on {len(test_set):,} images",
+        f"on {len(test_set):,} {what}",
         f"wrote {out}",
     ]
     emit(as_json, result, lines)

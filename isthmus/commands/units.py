@@ -148,9 +148,11 @@ def _sheets(
     if not count:
         return {}
     from isthmus.align.units import see_pairs
+    from isthmus.zoo import Dataset
 
     dataset = source.dataset
-    look: dict[str, Any] = {} if dataset is None else {"mean": dataset.mean, "std": dataset.std}
+    images = isinstance(dataset, Dataset)
+    look: dict[str, Any] = {"mean": dataset.mean, "std": dataset.std} if images else {}
     sheets = {}
     for pair in found:
         pairs = pair.matching.pairs
