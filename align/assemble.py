@@ -50,7 +50,9 @@ def assemble(model: nn.Module, traced: Traced) -> Symmetry:
     saved = set(model.state_dict(keep_vars=True))
     unsaved = tuple(name for name in layout if name not in saved)
     points = tuple(_points(traced, layout, names))
-    return Symmetry(tuple(groups), tuple(_pinned(traced)), layout, points, type(model).__name__, unsaved)
+    buffers = tuple(name for name, _ in model.named_buffers(remove_duplicate=False) if name in layout)
+    pinned = tuple(_pinned(traced))
+    return Symmetry(tuple(groups), pinned, layout, points, type(model).__name__, unsaved, buffers=buffers)
 
 
 def _leaves(terms: Iterable[Any]) -> Iterable[Unknown]:
@@ -123,10 +125,12 @@ def _points(traced: Traced, layout: Mapping[str, tuple[Term, ...]], names: Mappi
         if groups_of([resolved])
     ]
     seen: set[str] = set()
+    shown: set[int] = set()
     for record, point in candidates:
         if record.side == "input" and (here := groups_of([point.term]) & consumed.get(record.module, set())):
             seen |= here
-            yield point
-    last = {group: point for _, point in candidates if point.side == "output" for group in groups_of([point.term])}
-    unseen = {id(point): point for group, point in last.items() if group not in seen}
-    yield from unseen.values()
+            shown.add(id(record))
+    last = {g: record for record, point in candidates if point.side == "output" for g in groups_of([point.term])}
+    shown |= {id(record) for group, record in last.items() if group not in seen}
+    # with every axis that holds units: a view of some must know whether another order stands beside them
+    yield from (point for record, point in candidates if id(record) in shown)

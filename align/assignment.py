@@ -36,6 +36,17 @@ def assign(similarity: Tensor) -> Tensor:
     return torch.from_numpy(linear_sum_assignment(matrix, maximize=True)[1])
 
 
+def assign_each(similarity: Tensor) -> Tensor:
+    """Assign every matrix of a batch (…, n, n): (…, n), on the CPU.
+
+    >>> assign_each(torch.tensor([[[0.1, 0.9], [0.8, 0.7]], [[1.0, 0.0], [0.0, 1.0]]]))
+    tensor([[1, 0],
+            [0, 1]])
+    """
+    matrices = similarity.detach().reshape(-1, *similarity.shape[-2:]).cpu()
+    return torch.stack([assign(matrix) for matrix in matrices]).reshape(similarity.shape[:-1])
+
+
 def assign_blocks(outer: Tensor, inner: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
     """Match blocks to blocks and, at once, the units inside every matched pair of blocks.
 

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar, cast, overload
+from typing import TypeVar, overload
 
 import torch
 from torch import Tensor, nn
 
 from ..base.architecture import full_state
-from ..base.errors import ArchitectureError, CheckpointError, nearest
+from ..base.errors import ArchitectureError, nearest
 from ..base.files import PathLike, save_state_dict
 from ..base.running import copied
+from .storage import check_suffix, read_tensors, reading
 from .symmetry import Group, Symmetry
 from .terms import Fixed, groups_of, pieces, take
 
@@ -162,42 +162,6 @@ class Permutation:
         metadata, tensors = read_tensors(path, FORMAT)
         with reading(path):
             return cls(Symmetry.from_json(json.loads(metadata["symmetry"])), tensors)
-
-
-def check_suffix(path: PathLike) -> Path:
-    """Refuse a file name that does not end in .safetensors."""
-    path = Path(path)
-    if path.suffix != ".safetensors":
-        raise CheckpointError(f"{path}: permutations and matchings are safetensors files; end the name in .safetensors")
-    return path
-
-
-def read_tensors(path: PathLike, form: str) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Read metadata and tensors of a safetensors file that says of itself that it is of a form.
-
-    Raises:
-        CheckpointError: The file is missing, damaged or of another form.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = cast("dict[str, str]", file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if metadata.get("format") != form:
-        raise CheckpointError(f"{path} is not a file of the form {form!r} but {metadata.get('format', 'unnamed')!r}")
-    return metadata, tensors
-
-
-@contextmanager
-def reading(path: PathLike) -> Iterator[None]:
-    """Name the file, as a CheckpointError, where its content is not what its form promises."""
-    try:
-        yield
-    except (KeyError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error}); save it again") from error
 
 
 def _check_indices(symmetry: Symmetry, group: Group, index: Tensor | None) -> None:

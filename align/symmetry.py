@@ -101,6 +101,7 @@ class Symmetry:
         unsaved: Buffers that a state dict does not hold.
         outputs: Keys or places of the outputs that stay as they are; None: see `align.outputs.chosen`.
         verification: What was measured of it; None: nothing yet.
+        buffers: Names in the layout that are buffers, and no parameters.
     """
 
     groups: tuple[Group, ...]
@@ -111,6 +112,7 @@ class Symmetry:
     unsaved: tuple[str, ...] = field(default=(), repr=False)
     outputs: tuple[str | int, ...] | None = None
     verification: Verification | None = None
+    buffers: tuple[str, ...] = field(default=(), repr=False)
 
     @cached_property
     def by_name(self) -> dict[str, Group]:
@@ -240,6 +242,7 @@ class Symmetry:
             "points": [[p.module, p.call, p.side, p.axis, p.ndim, to_json(p.term)] for p in self.points],
             "unsaved": list(self.unsaved),
             "outputs": None if self.outputs is None else list(self.outputs),
+            "buffers": list(self.buffers),
             "verification": None if self.verification is None else self.verification.to_json(),
         }
 
@@ -264,6 +267,7 @@ class Symmetry:
             tuple(value["unsaved"]),
             None if outputs is None else tuple(outputs),
             None if measured is None else Verification.from_json(measured),
+            tuple(value.get("buffers", ())),
         )
 
     def save(self, path: PathLike) -> Path:

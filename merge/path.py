@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..base.batch_norm import reset_batch_norms
 from ..base.batches import Data, batches, model_device, require_repeatable
 from ..base.errors import DataError
 from ..base.evaluation import Measure, Totals, choose_measures, evaluate
 from ..base.interpolation import Segment, segment
 from ..base.progress import progress as progress_bar
-from .repair import UnitStatistics, choose_method, rescale, reset, unit_statistics
+from .repair import UnitStatistics, choose_method, rescale, unit_statistics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -234,7 +235,7 @@ def _point_by_point(
             ends = [unit_statistics(line.move(end), calibration, show) for end in (0.0, 1.0)]
         model = line.move(alpha)
         if between and method == "reset":
-            reset(model, calibration, show)
+            reset_batch_norms(model, calibration, show)
         elif between:
             rescale(model, calibration, UnitStatistics.blend(ends, (1 - alpha, alpha)), show)
         found = evaluate(model, data, loss=measures[0], metric=measures[1] if len(measures) > 1 else None)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base.architecture import check_same_architecture, full_state
+from ..base.batch_norm import batch_norms, reset_batch_norms
 from ..base.batches import Data, batches, model_device, require_repeatable
 from ..base.errors import ArchitectureError, DataError
 from ..base.interpolation import normalised
@@ -21,7 +22,6 @@ from ..metrics import Moments
 
 METHODS = ("auto", "reset", "rescale")
 
-_BatchNorm = nn.modules.batchnorm._BatchNorm  # the one base of BatchNorm1d, 2d, 3d and SyncBatchNorm
 Model = TypeVar("Model", bound=nn.Module)
 Layer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 
@@ -111,7 +111,7 @@ def repair(
     home = model_device(model)
     repaired = copy.deepcopy(model).to(device)
     if method == "reset":
-        reset(repaired, data, progress)
+        reset_batch_norms(repaired, data, progress)
     else:
         parts = [unit_statistics(on_device(parent, device), data, progress) for parent in endpoints or ()]
         rescale(repaired, data, UnitStatistics.blend(parts, shares), progress)
@@ -127,7 +127,7 @@ def choose_method(model: nn.Module, method: str) -> str:
     """
     if method not in METHODS:
         raise DataError(f"repair method {method!r} is unknown; choose one of {', '.join(map(repr, METHODS))}")
-    normed = bool(_batch_norms(model))
+    normed = bool(batch_norms(model))
     if method == "reset" and not normed:
         raise ArchitectureError(
             "method='reset' needs a batch norm with running statistics, and this network has none; use method='rescale'"
@@ -137,30 +137,6 @@ def choose_method(model: nn.Module, method: str) -> str:
     if method == "rescale":
         _rescalable(model)
     return method
-
-
-def reset(model: nn.Module, data: Data, show: bool | None = None) -> None:
-    """Set, in place, the running statistics of every batch norm that the data reaches."""
-    layers = _batch_norms(model)
-    moments = {name: Moments(pairs="none") for name in layers}
-    calls = dict.fromkeys(layers, 0)
-
-    def record(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple, kwargs: dict) -> None:
-            values = args[0] if args else next(iter(kwargs.values()))
-            moments[name].update({name: _samples(values, 1, name)})
-            calls[name] += 1
-
-        return hook
-
-    with evaluating(model), ExitStack() as hooks:
-        for name, layer in layers.items():
-            hooks.callback(layer.register_forward_pre_hook(record(name), with_kwargs=True).remove)
-            layer.training = True
-        _run(model, data, "resetting batch norm", show)
-    for name, count in calls.items():
-        if count:
-            _set_running(layers[name], moments[name].mean(name), moments[name].variance(name, correction=1), count)
 
 
 def unit_statistics(model: nn.Module, data: Data, show: bool | None = None) -> UnitStatistics:
@@ -241,14 +217,6 @@ def _shares(
     return [1 - alpha, alpha]
 
 
-def _batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
-    return {
-        name: layer
-        for name, layer in model.named_modules()
-        if isinstance(layer, _BatchNorm) and layer.running_mean is not None
-    }
-
-
 def _linear_layers(model: nn.Module) -> dict[str, Layer]:
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, kinds)}
@@ -291,15 +259,6 @@ def _samples(values: Tensor, axis: int, name: str) -> Tensor:
             "use larger batches, and drop_last=True if the last one is that small"
         )
     return samples
-
-
-def _set_running(layer: _BatchNorm, mean: Tensor, variance: Tensor, batches_seen: int) -> None:
-    assert layer.running_mean is not None
-    assert layer.running_var is not None
-    layer.running_mean.copy_(mean)
-    layer.running_var.copy_(variance)
-    if layer.num_batches_tracked is not None:
-        layer.num_batches_tracked.fill_(batches_seen)
 
 
 def _affine(layer: Layer, mean: Tensor, std: Tensor, mean_t: Tensor, std_t: Tensor) -> tuple[Tensor, Tensor]:
