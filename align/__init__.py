@@ -1,8 +1,10 @@
 """Unit to unit and net to net: units of two layers, symmetry, permutations, and the matching of two networks."""
 
-from .nets import Matching, match
+from .nets import ManyMatching, Matching, match, match_checkpoints, match_many
 from .overrides import add_group, hold_groups
 from .permutation import Permutation
+from .residual import Alignment, Folded, fold_norms, orthogonal_matching
+from .scales import Canonical, ScaleGroups, apply_scales, canonical_scales, scale_groups
 from .symmetry import Group, Pinned, Symmetry
 from .trace import Call, rule
 from .units import (
@@ -50,18 +52,24 @@ from .units import (
 )
 from .verification import Verification
 from .verify import verify
+from .widths import Fusion, WidthMatching, match_widths, ot_fusion
 
 # Last, so that the function is what is left of the name that it shares with a module.
 from .derive import symmetry  # isort: skip
 
 __all__ = [
     "ANALYSES",
+    "Alignment",
     "Call",
+    "Canonical",
     "ClusterScores",
     "Clusters",
     "Correspondence",
+    "Folded",
+    "Fusion",
     "Group",
     "JointAffinity",
+    "ManyMatching",
     "Matching",
     "Maximised",
     "MeanActivations",
@@ -71,6 +79,7 @@ __all__ = [
     "PredictionPath",
     "ReceptiveField",
     "RotationTest",
+    "ScaleGroups",
     "SoftMatch",
     "Stability",
     "Strip",
@@ -79,26 +88,36 @@ __all__ = [
     "UnitCorrespondence",
     "UnitMatching",
     "Verification",
+    "WidthMatching",
     "add_group",
+    "apply_scales",
     "bipartite_matching",
+    "canonical_scales",
     "cluster_scores",
     "contact_sheet",
     "correspond",
     "correspondence_of",
+    "fold_norms",
     "hierarchical_clusters",
     "hold_groups",
     "joint_affinity",
     "match",
+    "match_checkpoints",
+    "match_many",
+    "match_widths",
     "matched_curves",
     "matching_stability",
     "maximise",
     "mean_activations",
     "omp_prediction",
     "one_to_one_prediction",
+    "orthogonal_matching",
+    "ot_fusion",
     "receptive_field",
     "ridge_prediction",
     "rotation_test",
     "rule",
+    "scale_groups",
     "see_cluster",
     "see_pairs",
     "semi_matching",

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from ..assignment import assign_each
 from ..soft import soft_take
 from ..symmetry import Group
 from .problem import Family, Pair, Similarities, rows, weight_similarities
-from .search import Problem, Search, assign_each
+from .search import Each, Problem, Search
 
 # Largest factor by which one rebalancing corrects a unit: what no other unit wants yet must not blow up.
 _LARGEST = 1e12
@@ -52,18 +53,28 @@ class Annealing:
         matrix += sharpness * torch.eye(group.size, dtype=self.dtype)
         return matrix.expand(*sizes, *matrix.shape).clone().to(self.device)
 
-    def run(self, generator: torch.Generator, steps: int, hot: float, cold: float) -> None:
-        """Cool from `hot` to `cold`, in standard deviations of each group's similarities."""
-        for temperature in temperatures(steps, hot, cold):
-            for index in torch.randperm(len(self.problem.families), generator=generator).tolist():
-                self.visit(self.problem.families[index], temperature)
+    def run(self, generator: torch.Generator, steps: int, hot: float, cold: float, each: Each = map) -> None:
+        """Cool from `hot` to `cold`, in standard deviations of each group's similarities.
 
-    def visit(self, family: Family, temperature: float) -> None:
-        """Decide a family anew, at a temperature, with everything else as it is."""
+        Args:
+            generator: Of the orders in which the families are visited.
+            steps: Temperatures.
+            hot: The first.
+            cold: The last.
+            each: Applies a function to several families, as `map` does; it may do so at once.
+        """
+        for temperature in temperatures(steps, hot, cold):
+            order = torch.randperm(len(self.problem.families), generator=generator).tolist()
+            for run in self.problem.apart(order):
+                decided = each(lambda index, t=temperature: self.decide(self.problem.families[index], t), run)
+                for matrices in list(decided):
+                    self.matrices.update(matrices)
+
+    def decide(self, family: Family, temperature: float) -> dict[str, Tensor]:
+        """Find a family's matrices at a temperature, with everything else as it is."""
         if family.group.within:
             total = self._within(family)
-            self.matrices[family.group.name] = self._balance((family.group.name, ""), total, temperature)[0]
-            return
+            return {family.group.name: self._balance((family.group.name, ""), total, temperature)[0]}
         total = self._similarities(family)
         worth = total.outer
         inside = {}
@@ -72,10 +83,9 @@ class Annealing:
             inside[name], value = self._balance((family.group.name, name), batch, temperature)
             worth = worth + value
         chosen = self._balance((family.group.name, ""), worth, temperature)[0]
-        self.matrices[family.group.name] = chosen
-        for name, matrices in inside.items():
-            # the mean over the blocks that a block may come from
-            self.matrices[name] = torch.einsum("ac,acij->aij", chosen, matrices)
+        # inside, the mean over the blocks that a block may come from
+        means = {name: torch.einsum("ac,acij->aij", chosen, matrices) for name, matrices in inside.items()}
+        return {family.group.name: chosen, **means}
 
     def harden(self) -> None:
         """Decide every family for good, with those that are left still soft, and move the search there."""
@@ -148,7 +158,7 @@ def balance(similarity: Tensor, heat: float, potential: Tensor | None = None, ro
     Returns:
         The matrices (…, n, n), and the columns' potentials (…, n).
 
-    >>> matrix, _ = balance(torch.tensor([[2.0, 0.0], [2.0, 1.0]]), 0.1)
+    >>> matrix, _ = balance(torch.tensor([[2.0, 0.0], [2.0, 1.0]]), 0.1, rounds=50)
     >>> matrix.round(decimals=2).tolist()
     [[1.0, 0.0], [0.0, 1.0]]
     """

@@ -11,23 +11,31 @@ from .annealing import balance
 from .problem import Pair, profile
 from .search import Problem
 
+# Entries of the networks beyond which sorting them all costs more than the bound is worth.
+_MOST = 1 << 24
 
-def upper_bound(problem: Problem) -> float:
+
+def upper_bound(problem: Problem, reached: float) -> float:
     """Bound the objective <A, p(B)> from above, over all permutations p of the symmetry.
 
-    Every piece is counted with one group that it holds. Between a unit of one network and one of the other it cannot
-    be worth more than their values along all other groups sorted alike (rearrangement inequality); the best
-    assignment of units by these worths, or what its dual problem says that it is at most, bounds what the group's
-    pieces can give together. The smaller of two ways to share the pieces among groups is taken: each with the first
-    group it holds, or each with the last.
+    Σ |A| |B| over the pieces is such a bound, and the one that is given where it is reached, or where the networks
+    have more than 16 million entries. Else it is sharpened. Every piece is counted with one group that it holds.
+    Between a unit of one network and one of the other it cannot be worth more than their values along all other groups
+    sorted alike (rearrangement inequality); the best assignment of units by these worths, or what its dual problem says
+    that it is at most, bounds what the group's pieces can give together. The smaller of two ways to share the pieces
+    among groups is taken: each with the first group it holds, or each with the last.
 
     Args:
         problem: The networks; groups that may not move count as if they could.
+        reached: The highest objective that was found.
 
     Returns:
         The bound, in the unit of the objective; without rounding it is reached where b is a permuted copy of a.
     """
-    return min(_shared(problem, min), _shared(problem, max))
+    entries = sum(pair.piece.numel for pair in problem.pairs)
+    if reached >= problem.scale * (1 - 1e-9) or entries > _MOST:
+        return problem.scale
+    return min(problem.scale, _shared(problem, min), _shared(problem, max))
 
 
 def _shared(problem: Problem, choose: Callable[[list[int]], int]) -> float:

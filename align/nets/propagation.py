@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..assignment import assign_each
 from .problem import Family, Pair, Similarities, describe, front
-from .search import Problem, Search, assign_each
+from .search import Problem, Search
 
 Step = dict[str, Tensor]
 
@@ -104,7 +105,7 @@ def _propose(search: Search, family: Family, looks: list[_Look], weights: Mappin
     seen = {look.inner for look in looks}
     # groups inside of which nothing is known yet wait until their blocks lie side by side
     told = Family(family.group, tuple(group for group in family.inner if group.name in seen))
-    sums = Similarities.zeros(told)
+    sums = Similarities.zeros(told, torch.float32)  # whatever it decides is decided again, in double precision
     for look in looks:
         a, b = (describe(t, look.pair.piece, look.dims, False) for t in (look.pair.a, search.now(look.pair)))
         sums.add_product(look.inner, a, b, weights[look.pair])

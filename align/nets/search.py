@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..assignment import assign
+from ...base.architecture import check_finite
+from ..assignment import assign, assign_each
 from ..permutation import Permutation
 from ..symmetry import Group, Symmetry
 from ..terms import take
@@ -16,6 +20,8 @@ from .problem import Family, Pair, Similarities, describe, families, pairs, weig
 
 # A step counts as an improvement if it raises the objective by more than this part of its upper bound |A| |B|.
 TOLERANCE = 1e-12
+
+Each = Callable[[Callable[[int], Any], Iterable[int]], Iterable[Any]]
 
 
 @dataclass(eq=False)
@@ -43,9 +49,19 @@ class Problem:
         b: Mapping[str, Tensor],
         only: Sequence[str] | None = None,
     ) -> Problem:
-        """State the problem of bringing b into the order of a; only the groups named in `only` move."""
+        """State the problem of bringing b into the order of a; only the groups named in `only` move.
+
+        Raises:
+            NotFiniteError: A parameter holds NaN or infinity.
+        """
         found = pairs(symmetry, a, b)
-        scale = sum(float(pair.a.double().norm() * pair.b.double().norm()) for pair in found)
+        scale = 0.0
+        for pair in found:
+            product = float(pair.a.double().norm() * pair.b.double().norm())
+            if not math.isfinite(product):
+                check_finite({pair.name: pair.a}, "network a")
+                check_finite({pair.name: pair.b}, "network b")
+            scale += product
         moving = [f for f in families(symmetry) if only is None or set(f.names) <= set(only)]
         return cls(symmetry, found, moving, scale)
 
@@ -68,6 +84,22 @@ class Problem:
             again |= pair.groups.count(mine.group.name) > 1
         near = {at for at, family in enumerate(self.families) if at != index and set(family.names) & touched}
         return near | ({index} if again else set())
+
+    @cached_property
+    def near(self) -> list[set[int]]:
+        """The neighbours of every family."""
+        return [self.neighbours(index) for index in range(len(self.families))]
+
+    def apart(self, order: list[int]) -> Iterator[list[int]]:
+        """Cut an order of visits into runs of families that do not touch: each run may be solved at once.
+
+        What is taken out of `order` while a run is being worked on is not visited.
+        """
+        while order:
+            run: list[int] = []
+            while order and not any(order[0] in self.near[index] for index in run):
+                run.append(order.pop(0))
+            yield run
 
     def settled(self, family: Family) -> list[Pair]:
         """Find large pieces that hold no other group: of their product a change moves the columns and nothing else."""
@@ -113,23 +145,29 @@ class Search:
         """<A, p(B)> over all pieces."""
         return self.value(self.problem.pairs)
 
-    def descend(self, generator: torch.Generator, max_sweeps: int) -> list[float]:
+    def descend(self, generator: torch.Generator, max_sweeps: int, each: Each = map) -> list[float]:
         """Sweep over the families in random order until nothing improves; gives the objective after each sweep.
 
         A family whose neighbours have not changed since its last visit is not visited again. The objective never
         falls: where a step is exact only to first order, as in a residual stream that meets itself, it is undone
         unless it helps.
+
+        Args:
+            generator: Of the orders.
+            max_sweeps: When to give up.
+            each: Applies a function to several things, as `map` does; it may do so at once.
         """
         history = [self.objective]
         pending = set(range(len(self.problem.families)))
         for _ in range(max_sweeps):
             gained = 0.0
-            for index in torch.randperm(len(self.problem.families), generator=generator).tolist():
-                if index in pending:
-                    pending.discard(index)
-                    gain = self.improve(index)
-                    if gain > 0:
-                        pending |= self.problem.neighbours(index)
+            order: list[int] = torch.randperm(len(self.problem.families), generator=generator).tolist()
+            for run in self.problem.apart(order):
+                due = [index for index in run if index in pending]
+                pending -= set(due)
+                for index, proposal in zip(due, each(self.propose, due), strict=True):
+                    gain = self.accept(index, *proposal)
+                    pending |= self.problem.near[index] if gain > 0 else set()
                     gained += gain
             history.append(history[-1] + gained)
             if not pending:
@@ -137,16 +175,19 @@ class Search:
         final = self.objective  # the sums of gains differ from it by rounding
         return [*(min(value, final) for value in history[:-1]), final]
 
-    def improve(self, index: int) -> float:
-        """Bring one family into its best order while everything else stays; gives what the objective gains."""
+    def propose(self, index: int) -> tuple[dict[str, Tensor], float | None]:
+        """Find the best order of one family while everything else stays, and what it gains, where that is exact."""
         family = self.problem.families[index]
         if family.inner or family.group.within:
-            step, gain = self._solve(index), None
-        else:
-            similarity = self.similarities(family).outer
-            step = {family.group.name: assign(similarity)}
-            self.certain[index] = _mutual(similarity, step[family.group.name])
-            gain = float(similarity.gather(1, step[family.group.name][:, None]).sum() - similarity.trace())
+            return self._solve(index), None
+        similarity = self.similarities(family).outer
+        order = assign(similarity)
+        self.certain[index] = _mutual(similarity, order)
+        return {family.group.name: order}, float(similarity.gather(1, order[:, None]).sum() - similarity.trace())
+
+    def accept(self, index: int, step: Mapping[str, Tensor], gain: float | None) -> float:
+        """Take a step if it helps; gives what the objective gains."""
+        family = self.problem.families[index]
         if all(torch.equal(order, _still(order)) for order in step.values()):
             return 0.0
         touched = self.problem.touching(family)
@@ -221,12 +262,6 @@ class Search:
                     product = (a @ b.transpose(-1, -2)).to("cpu")
                     total += product if weights is None else weights[pair] * product
         return total
-
-
-def assign_each(similarity: Tensor) -> Tensor:
-    """Assign every matrix of a batch (…, n, n): (…, n)."""
-    matrices = similarity.reshape(-1, *similarity.shape[-2:])
-    return torch.stack([assign(matrix) for matrix in matrices]).reshape(similarity.shape[:-1])
 
 
 def _still(order: Tensor) -> Tensor:

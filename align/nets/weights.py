@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +17,10 @@ from ..symmetry import Symmetry
 from .annealing import Annealing
 from .bound import upper_bound
 from .propagation import propagate
-from .search import Problem, Search
+from .search import Each, Problem, Search
+
+# Families that are solved at once; each holds one layer in double precision meanwhile.
+_AT_ONCE = 4
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,7 @@ def weight_matching(
     seed: int = 0,
     only: Sequence[str] | None = None,
     start: Permutation | None = None,
+    cost: Callable[[Permutation], float] | None = None,
     progress: bool | None = None,
 ) -> Found:
     """Find the permutation of b that maximises the inner product of its parameters with those of a.
@@ -71,6 +77,8 @@ def weight_matching(
         seed: Seed of the visiting orders.
         only: Names of the groups to match; the others stay as in `start`. None takes all.
         start: Where the first restart begins.
+        cost: Of the ends of all restarts the one of lowest cost is returned, such as a loss measured on data; None: the
+            one of highest objective.
         progress: Show a bar; None: on a terminal.
 
     Raises:
@@ -79,28 +87,30 @@ def weight_matching(
     if min(restarts, max_sweeps, steps) < 1:
         raise DataError(f"restarts, max_sweeps and steps must be at least 1, not {restarts}, {max_sweeps} and {steps}")
     problem = Problem.between(symmetry, a, b, only)
-    best = start or symmetry.identity()
+    ends: list[tuple[float, float, Permutation]] = []
     history: list[tuple[float, ...]] = []
-    for restart in bar(range(restarts), "matching weights", show=progress):
-        generator = torch.Generator().manual_seed(seed + restart)
-        search = Search(problem, start or symmetry.identity())
-        _begin(search, restart, start is not None, steps, generator)
-        history.append(tuple(search.descend(generator, max_sweeps)))
-        if history[-1][-1] >= max(line[-1] for line in history):
-            best = search.permutation
-        if start is None and _is_plain(search):
-            break
-    return Found(best, max(line[-1] for line in history), tuple(history), upper_bound(problem))
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, _AT_ONCE)) as pool:
+        for restart in bar(range(restarts), "matching weights", show=progress):
+            generator = torch.Generator().manual_seed(seed + restart)
+            search = Search(problem, start or symmetry.identity())
+            _begin(search, restart, start is not None, steps, generator, pool.map)
+            history.append(tuple(search.descend(generator, max_sweeps, pool.map)))
+            objective = history[-1][-1]
+            ends.append((-objective if cost is None else cost(search.permutation), objective, search.permutation))
+            if start is None and _is_plain(search):
+                break
+    _, objective, best = min(ends, key=lambda end: end[0])
+    return Found(best, objective, tuple(history), upper_bound(problem, objective))
 
 
-def _begin(search: Search, restart: int, started: bool, steps: int, generator: torch.Generator) -> None:
+def _begin(search: Search, restart: int, started: bool, steps: int, generator: torch.Generator, each: Each) -> None:
     if restart == 0:
         if not started:
             propagate(search)
         return
     near = started and restart == 1
     annealing = Annealing(search, sharpness=0.9 if near else 0.0)
-    annealing.run(generator, steps, hot=0.3 if near else 1.0, cold=0.05)
+    annealing.run(generator, steps, hot=0.3 if near else 1.0, cold=0.05, each=each)
     annealing.harden()
 
 

@@ -8,11 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from isthmus.align import match, symmetry
-from isthmus.align.nets.activations import activation_matching
+from isthmus.align.nets.activations import SIMILARITIES, activation_matching
 from isthmus.base.batches import Batch
+from isthmus.base.errors import DataError, NotFiniteError
 
 
 def batches_of(case: Any, count: int = 6) -> list[Tensor]:
@@ -24,6 +28,7 @@ def batches_of(case: Any, count: int = 6) -> list[Tensor]:
     [
         *("mlp", "dropout and softmax", "layer norm", "conv and batch norm", "flatten", "group norm", "grouped conv"),
         *("depthwise", "residual", "residual conv", "dense", "glu", "embedding", "tied embedding", "tied square"),
+        *("transposed grouped conv", "attention", "nested"),
     ],
 )
 def test_a_planted_permutation_is_found_by_activations(name: str, cases: dict[str, Any]) -> None:
@@ -225,3 +230,92 @@ def test_inner_scores_are_means_over_the_places_where_units_are_seen(
     assert matching.scores[outer].shape == (4,)
     assert matching.scores[f"{outer}:2"].shape == (12,)
     assert all(torch.allclose(s, torch.ones_like(s), atol=1e-5) for s in matching.scores.values())
+
+
+def two_nets(width: int = 9, seed: int = 0) -> tuple[nn.Sequential, nn.Sequential]:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        a, b = (nn.Sequential(nn.Linear(5, width), nn.ReLU(), nn.Linear(width, 3)) for _ in range(2))
+    return a, b
+
+
+def similarity_by_hand(kind: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    if kind == "correlation":
+        with np.errstate(invalid="ignore"):
+            return np.nan_to_num(correlations(x, y))
+    size = x.shape[1]
+    return np.cov(x.T, y.T, bias=True)[:size, size:] if kind == "covariance" else x.T @ y / len(x)
+
+
+@pytest.mark.parametrize("kind", SIMILARITIES)
+@pytest.mark.parametrize("seed", range(3))
+def test_each_similarity_is_assigned_exactly(kind: str, seed: int) -> None:
+    a, b = two_nets(seed=seed)
+    data = (4 * torch.rand(60, 5, generator=torch.Generator().manual_seed(seed))).split([50, 10])
+    result = activation_matching(symmetry(a, data[0]), a, b, [Batch((x,)) for x in data], similarity=kind)
+    with torch.no_grad():
+        x, y = (torch.cat([m[1](m[0](batch)) for batch in data]).double().numpy() for m in (a, b))
+    similarity = similarity_by_hand(kind, x, y)
+    rows, columns = linear_sum_assignment(similarity, maximize=True)
+    assert result.objective == pytest.approx(similarity[rows, columns].sum(), rel=1e-5)
+    found = result.permutation.indices["0"].numpy()
+    assert similarity[rows, found].sum() == pytest.approx(similarity[rows, columns].sum(), rel=1e-5)
+    # the scores are correlations, whatever was assigned
+    assert result.scores["0"].numpy() == pytest.approx(similarity_by_hand("correlation", x, y)[rows, found], abs=1e-5)
+
+
+def test_the_product_is_the_nearest_in_squares() -> None:
+    a, b = two_nets(width=6, seed=5)
+    data = torch.rand(40, 5, generator=torch.Generator().manual_seed(5))
+    found = activation_matching(symmetry(a, data), a, b, [Batch((data,))], similarity="product").permutation
+    with torch.no_grad():
+        x, y = (m[1](m[0](data)).double() for m in (a, b))
+    least = min(float((x - y[:, list(p)]).square().sum()) for p in itertools.permutations(range(6)))
+    assert float((x - y[:, found.indices["0"]]).square().sum()) == pytest.approx(least, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["covariance", "product"])
+def test_silent_units_are_told_apart_under_every_similarity(kind: str) -> None:
+    model, _ = two_nets(width=12, seed=1)
+    with torch.no_grad():
+        model.get_parameter("0.bias")[2:7] = -100.0
+    data = 1000 * torch.randn(50, 5, generator=torch.Generator().manual_seed(0)).clamp(-0.001, 0.001)
+    found = symmetry(model, data)
+    planted = found.random(torch.Generator().manual_seed(2))
+    result = activation_matching(found, model, planted.apply(model), [Batch((data,))], similarity=kind)
+    assert result.permutation == planted.inverse()
+
+
+@settings(deadline=None, max_examples=8)
+@given(width=st.integers(2, 14), seed=st.integers(0, 1000), kind=st.sampled_from(SIMILARITIES))
+def test_the_order_in_which_the_second_network_comes_does_not_matter(width: int, seed: int, kind: str) -> None:
+    a, b = two_nets(width, seed)
+    data = [Batch((torch.randn(40, 5, generator=torch.Generator().manual_seed(seed)),))]
+    found = symmetry(a, data[0], verify=False)
+    drawn = found.random(torch.Generator().manual_seed(seed))
+    plain = activation_matching(found, a, b, data, similarity=kind)
+    moved = activation_matching(found, a, drawn.apply(b), data, similarity=kind)
+    assert moved.objective == pytest.approx(plain.objective, rel=1e-5)
+    assert torch.allclose(moved.scores["0"].sort().values, plain.scores["0"].sort().values, atol=1e-4)
+
+
+def test_wrong_input_is_refused() -> None:
+    a, b = two_nets()
+    data = torch.randn(8, 5, generator=torch.Generator().manual_seed(0))
+    found = symmetry(a, data)
+    with pytest.raises(DataError, match=r"unknown similarity 'covarience'.*did you mean covariance"):
+        activation_matching(found, a, b, [Batch((data,))], similarity="covarience")
+    with torch.no_grad():
+        b.get_parameter("0.weight")[0, 0] = torch.inf
+    with pytest.raises(NotFiniteError, match="b:0 at input of 2"):
+        activation_matching(found, a, b, [Batch((data,))])
+
+
+def test_nothing_is_left_behind(cases: dict[str, Any]) -> None:
+    model = cases["conv and batch norm"].model(1).train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    data = batches_of(cases["conv and batch norm"], 2)
+    activation_matching(symmetry(model, data[0]), model, model, [Batch((x,)) for x in data])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(module.training for module in model.modules())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())

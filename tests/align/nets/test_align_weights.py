@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from isthmus.align import Permutation, symmetry
-from isthmus.align.nets.matching import weight_scores
+from isthmus.align.nets.scores import weight_scores
 from isthmus.align.nets.weights import Found, weight_matching
 from isthmus.base.errors import DataError, NotFiniteError
 
