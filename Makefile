@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-ROOMS := base zoo metrics align align/nets align/residual align/units merge isthmus isthmus/commands
+ROOMS := base zoo metrics align align/nets align/residual align/scales align/units align/widths merge isthmus isthmus/commands
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .PHONY: demo test lint format bench survey studies notebooks clean
@@ -28,6 +28,7 @@ bench: $(VENV)/.linked
 	$(BIN)/python benchmarks/foundation.py
 	$(BIN)/python benchmarks/similarity.py
 	$(BIN)/python benchmarks/units.py
+	$(BIN)/python benchmarks/matching.py --networks build/networks
 
 # Both come without what they depend on: torchvision would bring another build of torch.
 survey: $(VENV)/.linked

@@ -119,12 +119,11 @@ def symmetry_figure(symmetry: Symmetry) -> Figure:
 
 def study_figures(study: Study) -> dict[str, Figure]:
     """Draw all figures of a report."""
-    label = "cosine similarity of weights" if study.matching.method == "weights" else "correlation of activations"
     with rc_context(STYLE):
         return {
             "loss": path_figure(study.paths, "loss"),
             "accuracy": path_figure(study.paths, "accuracy"),
-            "scores": scores_figure(study.matching.scores, label),
+            "scores": scores_figure(study.matching.scores, study.matching.score),
             "similarity": similarity_figure(study.similarity),
         }
 

@@ -14,6 +14,18 @@ from .plain import dumps, number, percent
 from .provenance import describe_files, versions
 from .study import Study
 
+# How each method of matching finds the order.
+HOW = {
+    "weights": "their weights",
+    "frank_wolfe": "their weights",
+    "sinkhorn": "their weights",
+    "activations": "their activations",
+    "iterated": "their activations and weights",
+    "straight_through": "the loss halfway",
+    "learned": "the loss halfway",
+    "identity": "nothing: as it came is best",
+}
+
 
 def write_report(study: Study, folder: PathLike, *, files: Mapping[str, PathLike] | None = None) -> Path:
     """Write `report.html` and, with the data of every figure and table, `report.json`.
@@ -61,7 +73,9 @@ def write_report(study: Study, folder: PathLike, *, files: Mapping[str, PathLike
 
 def _lead(study: Study) -> str:
     settings = study.settings
-    how = "their weights" if settings["method"] == "weights" else f"their activations on {settings['match_data']}"
+    how = HOW[study.matching.method.removeprefix("auto: ")]
+    if settings["match_data"]:
+        how = f"{how} on {settings['match_data']}"
     return (
         f"Two networks, A and B ({settings['architecture']}, {settings['parameters']:,} parameters each), were "
         f"measured on {settings['eval_data']} ({settings['samples']:,} samples), at {settings['points']} points of the "
@@ -103,9 +117,8 @@ def _captions(study: Study) -> dict[str, tuple[str, str, str]]:
     barriers = "; ".join(f"{name} {number(path.barrier)}" for name, path in study.paths.items())
     middles = "; ".join(f"{name} {percent(path.midpoint_accuracy)}" for name, path in study.paths.items())
     means = ", ".join(f"{name} {number(mean)}" for name, mean in study.mean_scores.items())
-    by_weights = study.matching.method == "weights"
     score = "Cosine similarity of all weights of a unit of A with those of its match in B"
-    if not by_weights:
+    if study.matching.score == "correlation of activations":
         score = f"Correlation of the activations of a unit of A and its match in B on {settings['match_data']}"
     return {
         "loss": (

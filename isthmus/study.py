@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from isthmus.align import Matching, Symmetry, match
+from isthmus.align.nets.methods import METHODS
 from isthmus.base.batches import Data, model_device, require_repeatable
 from isthmus.merge import Path, connect, merge
 from isthmus.metrics import Similarity, compare
@@ -109,8 +110,8 @@ def study(
         model_a: The reference.
         model_b: A network of the same architecture. Neither is changed.
         data_eval: Batches `(x, y)` on which losses, accuracies and similarities are measured.
-        data_match: Batches for matching by activations and for repair; `data_eval` by default.
-        method: "weights" or "activations"; see `match`.
+        data_match: Batches for matching by what networks do and for repair; `data_eval` by default.
+        method: Of `match`.
         repair: None, "auto", "reset" or "rescale": repair the matched path and the merged network; see `repair`.
         symmetry: Of both networks; derived by default.
         weights: Of A and B in the merged network and in the naive average; equal by default.
@@ -169,7 +170,7 @@ def study(
         "seed": seed,
         "device": str(model_device(model_a) if device is None else device),
         "eval_data": eval_name,
-        "match_data": match_name if method == "activations" or repair is not None else None,
+        "match_data": match_name if METHODS[method].needs or repair is not None else None,
     }
     networks: dict[str, Mapping[str, float | None]] = {
         "A": merged.report["parents"][0],

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..base.architecture import full_state
 from ..base.batches import Data, batches, require_repeatable
-from ..base.errors import ArchitectureError, DataError
+from ..base.errors import ArchitectureError, DataError, nearest
 from ..base.evaluation import Evaluation, Measure, evaluate
 from ..base.interpolation import check_same_ties, normalised, varying, weighted_mean
 from .repair import choose_method
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from ..align import Matching, Symmetry
 
 METHODS = ("mean",)
-ALIGNMENTS = ("weights", "activations")
 
 
 @dataclass(frozen=True)
@@ -62,8 +61,8 @@ def merge(
             there are labels, the measurement of each parent and of the merged network.
         method: "mean", the weighted mean of the aligned weights.
         weights: One non-negative number for each network; equal by default.
-        align: "weights" or "activations" (see `match`); matchings that bring `models[1:]` into the order of the first;
-            or None where they are in the same order already.
+        align: A method of `match`; matchings that bring `models[1:]` into the order of the first; or None where they
+            are in the same order already.
         repair: None, or how to repair the statistics of the average: "auto", "reset" or "rescale"; see `repair`.
         repair_data: Batches to repair on; `data` by default.
         symmetry: The symmetry of the architecture; derived from `models[0]` by default. One that was not verified yet
@@ -136,17 +135,22 @@ def _check(
     count = len(models)
     if count < 2:
         raise ArchitectureError(f"merging needs two networks or more, and there are {count}; pass a list of networks")
+    from ..align.nets.methods import METHODS as ALIGNMENTS
+
     if isinstance(align, str) and align not in ALIGNMENTS:
-        raise DataError(f"align {align!r} is unknown; choose 'weights', 'activations', a list of matchings, or None")
+        raise DataError(
+            f"align {align!r} is unknown{nearest(align, ALIGNMENTS)}; choose a method of match "
+            f"({', '.join(ALIGNMENTS)}), a list of matchings, or None"
+        )
     if not (align is None or isinstance(align, str) or (isinstance(align, Sequence) and len(align) == count - 1)):
         raise DataError(
             f"{count} networks need {count - 1} matchings: pass align=[...] with one for each but the first"
         )
-    if data is None and align == "activations":
-        raise DataError("align='activations' compares activations on data; pass data, or align='weights'")
-    if data is None and align == "weights" and symmetry is None:
+    if data is None and isinstance(align, str) and ALIGNMENTS[align].needs:
+        raise DataError(f"align={align!r} runs the networks on data; pass data, or align='weights'")
+    if data is None and isinstance(align, str) and symmetry is None:
         raise DataError(
-            "align='weights' runs the network once to find its symmetry; pass data or symmetry=, or align=None "
+            f"align={align!r} runs the network once to find its symmetry; pass data or symmetry=, or align=None "
             "for networks whose units are in the same order already"
         )
     if repair is not None and data is None and repair_data is None:

@@ -99,3 +99,19 @@ def test_units_are_measured_and_right(tmp_path: Path) -> None:
             assert row["value"] == pytest.approx(found[0]["value"], rel=1e-5)
             assert row["tool"] in done.stdout
     assert {goal["goal"][0] for goal in report["goals"]} == set("ABCDE")
+
+
+def test_matching_runs_small(tmp_path: Path) -> None:
+    file = tmp_path / "matching.json"
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "matching.py", "--networks", tmp_path, "--quick", "--json", file],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    content = json.loads(file.read_text())
+    rows = [row for case in content["cases"] for row in case["rows"]]
+    assert {case["section"] for case in content["cases"]} >= set("ABCD")
+    assert not [row for row in rows if "failed" in row]

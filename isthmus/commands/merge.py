@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .methods import NEEDS
 from .options import (
     ArgFile,
     DataOptions,
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 @click.option("--out", type=ArgFile, required=True, help="Checkpoint of the merged network, .safetensors or .pt.")
 @click.option(
     "--align",
-    type=click.Choice(["weights", "activations", "none"]),
+    type=click.Choice([*NEEDS, "none"]),
     default="weights",
     show_default=True,
     help="How to bring the units into the order of A's.",
@@ -61,7 +62,7 @@ def command(
 ) -> None:
     """Align networks, average them, and measure the result beside its parents.
 
-    Measured on the test split unless --split says otherwise; matched by activations and repaired on the train split.
+    Measured on the test split unless --split says otherwise; matched by what they do and repaired on the train split.
     Without --data nothing is measured.
     """
     check_file(out, (".safetensors", ".pt", ".pth"))
@@ -101,9 +102,7 @@ def _check_options(
         raise click.UsageError(f"--weights: {len(weights)} numbers for {len(checkpoints)} networks")
     if report is not None and (len(checkpoints) != 2 or align == "none"):
         raise click.UsageError("--report compares two networks before and after matching: pass A and B, and align them")
-    needs = (
-        "--align activations" if align == "activations" else "--repair" if repair else "--report" if report else None
-    )
+    needs = f"--align {align}" if NEEDS.get(align) else "--repair" if repair else "--report" if report else None
     if needs is not None and data.data is None:
         raise click.UsageError(f"{needs} needs data; pass --data")
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,9 +11,12 @@ from safetensors import safe_open
 
 import isthmus
 from isthmus.align import Matching
+from isthmus.align.nets.methods import METHODS
 from isthmus.base.files import load_state_dict, save_state_dict
 from isthmus.cli import main
+from isthmus.commands.methods import NEEDS
 from isthmus.merge import evaluate
+from isthmus.report import HOW
 from isthmus.zoo import load_data, loader, mlp, resnet
 
 WIDTHS = [24, 16]
@@ -129,6 +133,34 @@ def test_match_by_weights_and_by_activations(tmp_path, pair, network, models, ru
 
     assert main(["match", str(a), str(b), *network, *data]) == 0
     assert "cosine similarity of weights" in capsys.readouterr().out
+
+
+def test_match_by_other_methods_and_from_a_start(tmp_path, pair, network, models, run_json, capsys):
+    a, b = pair / "a.safetensors", pair / "b.safetensors"
+    data = ["--data", "digits", "--limit", "300"]
+    batches = loader(load_data("digits", "train", limit=300))
+    options: dict[str, Any] = {"candidates": ["weights", "activations"]}
+    args = ["match", a, b, *network, *data, "--method", "auto", "--options", json.dumps(options)]
+    found = run_json(*args, "--out", tmp_path / "m.safetensors")
+    expected = isthmus.match(models[0], models[1], batches, method="auto", **options)
+    assert Matching.load(tmp_path / "m.safetensors").permutation == expected.permutation
+    assert [line["method"] for line in found["candidates"]] == ["identity", "weights", "activations"]
+    assert found["method"] == expected.method
+    assert main([*map(str, args)]) == 0
+    assert "lowest" in capsys.readouterr().out
+
+    begun = run_json("match", a, b, *network, *data, "--init", tmp_path / "m.safetensors", "--restarts", "1")
+    assert begun["bound"] >= begun["objective"]
+    start = isthmus.match(models[0], models[1], batches, init=expected, restarts=1)
+    assert begun["objective"] == start.objective
+    start.permutation.save(tmp_path / "p.safetensors")
+    again = run_json("match", a, b, *network, *data, "--init", tmp_path / "p.safetensors", "--restarts", "1")
+    assert again["objective"] == start.objective
+
+
+def test_the_command_line_knows_every_method_and_what_it_needs():
+    assert {name: method.needs for name, method in METHODS.items()} == NEEDS
+    assert {*METHODS, "identity"} - {"auto"} == set(HOW)
 
 
 def test_match_takes_a_saved_symmetry_in_place_of_data(tmp_path, pair, run_json):
