@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,8 +10,9 @@ from typing import Any, TypeVar, overload
 from torch import Tensor, nn
 
 from ...base.architecture import full_state
-from ...base.files import PathLike, save_state_dict
-from ..permutation import Permutation, check_suffix, read_tensors, reading
+from ...base.files import PathLike
+from ..permutation import Permutation
+from ..storage import store, stored
 from ..symmetry import Symmetry
 from .folding import Recipe, written
 from .streams import Stream
@@ -96,9 +96,6 @@ class Alignment:
 
     def save(self, path: PathLike) -> Path:
         """Write to a safetensors file, whole or not at all; the reference is not part of it."""
-        tensors = {f"index:{name}": index for name, index in self.permutation.indices.items()}
-        tensors |= {f"score:{name}": score for name, score in self.scores.items()}
-        tensors |= {f"rotation:{name}": matrix for name, matrix in self.rotation.items()}
         facts = {
             "objective": self.objective,
             "history": self.history,
@@ -111,13 +108,9 @@ class Alignment:
             "kept": self.recipe.kept,
             "ties": self.recipe.ties,
         }
-        metadata = {
-            "format": FORMAT,
-            "symmetry": json.dumps(self.symmetry.to_json()),
-            "recipe": json.dumps(recipe),
-            "alignment": json.dumps(facts),
-        }
-        return save_state_dict(tensors, check_suffix(path), metadata)
+        found = {"symmetry": self.symmetry.to_json(), "recipe": recipe, "alignment": facts}
+        parts = {"index": self.permutation.indices, "score": self.scores, "rotation": self.rotation}
+        return store(path, FORMAT, found, parts)
 
     @classmethod
     def load(cls, path: PathLike) -> Alignment:
@@ -126,21 +119,16 @@ class Alignment:
         Raises:
             CheckpointError: The file is missing, damaged or something else.
         """
-        metadata, tensors = read_tensors(path, FORMAT)
-        parts: dict[str, dict[str, Tensor]] = {"index": {}, "score": {}, "rotation": {}}
-        with reading(path):
-            for name, tensor in tensors.items():
-                kind, _, group = name.partition(":")
-                parts[kind][group] = tensor
-            symmetry = Symmetry.from_json(json.loads(metadata["symmetry"]))
-            stored = json.loads(metadata["recipe"])
+        with stored(path, FORMAT) as (found, parts):
+            symmetry = Symmetry.from_json(found["symmetry"])
+            kept = found["recipe"]
             recipe = Recipe(
                 symmetry,
-                tuple(map(Stream.from_json, stored["streams"])),
-                tuple(stored["kept"]),
-                tuple(map(tuple, stored["ties"])),
+                tuple(map(Stream.from_json, kept["streams"])),
+                tuple(kept["kept"]),
+                tuple(map(tuple, kept["ties"])),
             )
-            facts = json.loads(metadata["alignment"])
+            facts = found["alignment"]
             facts["history"] = tuple(facts["history"])
             permutation = Permutation(symmetry, parts["index"])
             return cls(recipe, permutation, parts["rotation"], scores=parts["score"], **facts)
