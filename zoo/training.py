@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..base.architecture import check_finite, full_state
 from ..base.batches import model_device
 from ..base.errors import ArchitectureError, DivergedError, IsthmusError, NotFiniteError
+from ..base.evaluation import evaluate as measure
 from ..base.files import PathLike, make_folder, save_state_dict, write_atomic
 from ..base.progress import progress as progress_bar
 from .data import Dataset, Loader, loader
@@ -239,18 +240,11 @@ def evaluate(model: nn.Module, dataset: Dataset | Text, *, batch_size: int = 512
     True
     """
     dataset = dataset.to(model_device(model))
-    batches = dataset.batches(-(-batch_size // 16)) if isinstance(dataset, Text) else loader(dataset, batch_size)
-    loss, correct, seen = 0.0, 0, 0
-    with _modes_restored(model), torch.no_grad():
-        model.eval()
-        for x, y in batches:
-            scores, y = model(x).flatten(0, -2), y.flatten()
-            loss += F.cross_entropy(scores.double(), y, reduction="sum").item()
-            correct += int((scores.argmax(1) == y).sum())
-            seen += len(y)
-    if not math.isfinite(loss):
-        raise NotFiniteError(f"the loss on {dataset.name} ({dataset.split}) is {loss}; a training that diverged?")
-    return loss / seen, correct / seen
+    found = measure(model, loader(dataset, -(-batch_size // 16) if isinstance(dataset, Text) else batch_size))
+    if not math.isfinite(found.loss):
+        raise NotFiniteError(f"the loss on {dataset.name} ({dataset.split}) is {found.loss}; a training that diverged?")
+    assert found.metric is not None
+    return found.loss, found.metric
 
 
 def _train_epoch(

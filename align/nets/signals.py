@@ -15,6 +15,7 @@ from ...base.errors import DataError
 from ...base.progress import progress as bar
 from ...base.running import evaluating
 from ...metrics import Moments, capture
+from ...metrics.reading import without_fast_path
 from ..outputs import Outputs, chosen
 from .views import View
 
@@ -91,7 +92,7 @@ class _Side:
         self.parameters = dict(model.named_parameters(remove_duplicate=False))
         stack.enter_context(torch.set_grad_enabled(backward))
         stack.enter_context(evaluating(model))
-        stack.enter_context(_modules_called())
+        stack.enter_context(without_fast_path())
         wanted = {side: list(dict.fromkeys(v.layer for v in looks if v.side == side)) for side in ("input", "output")}
         self.activations = {
             side: stack.enter_context(capture(model, names, inputs=side == "input"))
@@ -146,17 +147,6 @@ def _draws(generator: torch.Generator) -> Callable[[int, Tensor], Tensor]:
         return drawn[place].to(like)
 
     return draw
-
-
-@contextmanager
-def _modules_called() -> Iterator[None]:
-    """Switch off the fused path of `nn.TransformerEncoderLayer`, which calls none of the modules inside."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 @contextmanager
