@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from isthmus import symmetry, zoo
 from isthmus.align import Permutation, Symmetry
+from isthmus.align.nets import bound
 from isthmus.align.nets.annealing import Annealing, balance, temperatures
 from isthmus.align.nets.bound import assignment_bound, upper_bound
 from isthmus.align.nets.propagation import propagate, spread_weights
@@ -275,3 +276,13 @@ def test_the_bound_is_reached_by_a_permuted_copy(name: str) -> None:
     result = weight_matching(found, a, b)
     assert result.permutation == truth
     assert result.bound == pytest.approx(result.objective, rel=1e-6)
+
+
+def test_large_networks_have_the_simpler_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, a, b = pair(0)
+    problem = Problem.between(found, a, b)
+    sharp = upper_bound(problem, 0.0)
+    monkeypatch.setattr(bound, "_MOST", 10)
+    norms = [float(a[name].double().norm() * b[name].double().norm()) for name in {p.name for p in problem.pairs}]
+    assert upper_bound(problem, 0.0) == pytest.approx(sum(norms), rel=1e-9)
+    assert sharp < sum(norms)
