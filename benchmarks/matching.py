@@ -68,10 +68,10 @@ def _planted(quick: bool) -> list[Case]:
     found = []
     for name in names[:2] if quick else names:
         by_hand = PLANTED[name].specification is not None
-        large = "256" in name
+        large = "1024" in name
         tools = (OURS, *(["coordinate descent"] if by_hand else []))
         tools += ("Frank-Wolfe, best of 2 starts",) if by_hand and not large else ()
-        draws = 2 if quick else 3 if large else 5 if "ResNet56" in name else 20
+        draws = 2 if quick else 3 if large else 20
         for noise in (0.0, 1.0):
             what = "as large as the weights" if noise else "none"
             size = {"network": name, "draws": draws, "noise": noise}
