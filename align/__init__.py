@@ -3,7 +3,7 @@
 from .nets import ManyMatching, Matching, match, match_checkpoints, match_many
 from .overrides import add_group, hold_groups
 from .permutation import Permutation
-from .residual import Alignment, Folded, fold_norms, orthogonal_matching
+from .residual import Alignment, Folded, LearnedAlignment, fold_norms, learned_alignment, orthogonal_matching
 from .scales import Canonical, ScaleGroups, apply_scales, canonical_scales, scale_groups
 from .symmetry import Group, Pinned, Symmetry
 from .trace import Call, rule
@@ -69,6 +69,7 @@ __all__ = [
     "Fusion",
     "Group",
     "JointAffinity",
+    "LearnedAlignment",
     "ManyMatching",
     "Matching",
     "Maximised",
@@ -101,6 +102,7 @@ __all__ = [
     "hierarchical_clusters",
     "hold_groups",
     "joint_affinity",
+    "learned_alignment",
     "match",
     "match_checkpoints",
     "match_many",

@@ -324,6 +324,14 @@ def _orthogonal(by: str) -> Callable[[nn.Module, nn.Module, Any], Models]:
     return align
 
 
+def _turned(a: nn.Module, b: nn.Module, data: Any) -> Models:
+    from isthmus.align.residual import learned_alignment
+
+    found = learned_alignment(a, b, data)
+    assert found.reference is not None
+    return found.reference, found.apply(b)
+
+
 def _learned(first: Callable[[nn.Module, nn.Module, Any], Models]) -> Callable[[nn.Module, nn.Module, Any], Models]:
     def align(a: nn.Module, b: nn.Module, data: Any) -> Models:
         from isthmus.align.nets.learned import learned
@@ -340,7 +348,7 @@ ALIGNMENTS: Mapping[str, Callable[[nn.Module, nn.Module, Any], Models]] = {
     "isthmus activations": _matched("activations"),
     "isthmus weights": _matched("weights"),
     "isthmus weights, orthogonal stream": _orthogonal("weights"),
-    "isthmus activations, orthogonal stream": _orthogonal("activations"),
+    "isthmus both, orthogonal stream": _orthogonal("both"),
     "isthmus learned": _learned(_matched("weights")),
-    "isthmus learned, orthogonal stream": _learned(_orthogonal("weights")),
+    "isthmus learned, orthogonal stream": _turned,
 }

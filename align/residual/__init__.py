@@ -2,6 +2,7 @@
 
 from .alignment import Alignment
 from .folding import Folded, Recipe, fold_norms, rotate
+from .learned import LearnedAlignment, learned_alignment
 from .matching import orthogonal_matching
 from .norms import Norm
 from .orthogonal import procrustes, random_rotation
@@ -11,11 +12,13 @@ from .streams import Stream
 __all__ = [
     "Alignment",
     "Folded",
+    "LearnedAlignment",
     "Norm",
     "Reader",
     "Recipe",
     "Stream",
     "fold_norms",
+    "learned_alignment",
     "orthogonal_matching",
     "procrustes",
     "random_rotation",
