@@ -29,7 +29,8 @@ class Alignment:
         recipe: How networks of this architecture are folded.
         permutation: Of the folded second network; the identity on what is rotated.
         rotation: Per stream (units, units), float64: applied after the permutation. What is rotated inside attention
-            heads is here as well, (heads, units, units).
+            heads is here as well, (heads, units, units); no rotation, but any basis, where the recipe names what is
+            `dual`.
         objective: What was maximised: see `orthogonal_matching`.
         history: The objective at the start and after every step.
         scores: Per group one number for each unit of the first network: the cosine similarity of its weights with those
@@ -107,6 +108,7 @@ class Alignment:
             "streams": [stream.to_json() for stream in self.recipe.streams],
             "kept": self.recipe.kept,
             "ties": self.recipe.ties,
+            "dual": self.recipe.dual,
         }
         found = {"symmetry": self.symmetry.to_json(), "recipe": recipe, "alignment": facts}
         parts = {"index": self.permutation.indices, "score": self.scores, "rotation": self.rotation}
@@ -127,6 +129,7 @@ class Alignment:
                 tuple(map(Stream.from_json, kept["streams"])),
                 tuple(kept["kept"]),
                 tuple(map(tuple, kept["ties"])),
+                tuple(map(tuple, kept.get("dual", ()))),
             )
             facts = found["alignment"]
             facts["history"] = tuple(facts["history"])

@@ -33,12 +33,16 @@ class Recipe:
         streams: Whose norms are folded.
         kept: Gains that are constant and stay, for what reads them is tied.
         ties: Names of each tied tensor.
+        dual: Groups inside heads whose units may take any basis, each with a parameter that takes the inverse
+            transposed of what the others take: keys to queries, the output projection to values. For a rotation that
+            is the same.
     """
 
     symmetry: Symmetry
     streams: tuple[Stream, ...]
     kept: tuple[str, ...] = ()
     ties: tuple[tuple[str, ...], ...] = ()
+    dual: tuple[tuple[str, str], ...] = ()
 
     @property
     def untied(self) -> tuple[tuple[str, ...], ...]:
@@ -65,7 +69,7 @@ class Recipe:
 
     def rotate(self, folded: Mapping[str, Tensor], rotations: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Rotate a folded network's tensors; those that change come back in float64."""
-        return rotated(self.streams, self.symmetry, folded, rotations)
+        return rotated(self.streams, self.symmetry, folded, rotations, self.dual)
 
     def check_fits(self, model: nn.Module, what: str) -> None:
         """Refuse a network of another architecture, or with other ties.

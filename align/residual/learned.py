@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from ...base.architecture import check_finite, check_same_architecture, full_state
 from ...base.batches import Batch, Data, batches, require_repeatable
-from ...base.errors import DataError, SymmetryError, nearest
+from ...base.errors import DataError, NotFiniteError, SymmetryError, nearest
 from ...base.evaluation import Measure
 from ...base.progress import progress as bar
 from ...base.running import on_device
@@ -24,14 +25,15 @@ from ..nets.functional import Line, Passes, check_search, open_line
 from ..nets.scores import weight_scores
 from ..nets.sinkhorn_matching import Logits
 from ..permutation import Permutation
-from ..soft import soft_apply
 from ..symmetry import Symmetry
 from ..verify import change
 from .alignment import Alignment
+from .dual import find_dual
 from .finding import TOLERANCE
 from .matching import orthogonal_matching
 from .probing import Bench
 from .search import Search
+from .streams import carried
 from .turning import Turns
 
 Points = Literal["midpoint", "uniform"]
@@ -69,6 +71,7 @@ def learned_alignment(
     steps: int = 400,
     lr: float = 0.01,
     points: Points = "midpoint",
+    dense: bool = True,
     soft: float = 0.0,
     soft_lr: float = 0.1,
     held: int = 8,
@@ -99,6 +102,8 @@ def learned_alignment(
         steps: Steps of Adam, one batch each.
         lr: Its learning rate, in units of the rotation's generators (radians).
         points: Where alpha is drawn: "midpoint", from [0.4, 0.6], where the loss is highest; "uniform", from [0, 1].
+        dense: Let units inside heads take any basis, not only a rotated one: queries M q meet keys M⁻ᵀ k. False, and
+            where one module holds both sides, rotates them.
         soft: Share of the steps in which other groups, as the units of perceptrons, are permuted as well, by doubly
             stochastic matrices as in `learned`; then these are rounded, and rotations go on.
         soft_lr: Learning rate of their logits.
@@ -150,9 +155,10 @@ def learned_alignment(
             verify=verify, progress=progress,
         )  # fmt: skip
     a, b = _checked(start, model_a, model_b, device)
+    start = _with_dual(start, a, example, seed) if dense else start
     line = open_line(start.symmetry, start.fold(a), start.apply(b), loss, device)
     passes = Passes(data, line.device, held)
-    descent = _Descent(start, line, steps, lr, soft, soft_lr, seed)
+    descent = _Descent(start, line, steps, lr, {name for name, _ in start.recipe.dual if dense}, soft, soft_lr, seed)
     best = _Best(line, b, passes.held, start)
     low, high = _RANGES[points]
     generator = torch.Generator().manual_seed(seed)
@@ -184,6 +190,15 @@ def _checked(start: Alignment, model_a: nn.Module, model_b: nn.Module, device: A
     return [on_device(model, device) for model in (model_a, model_b)]
 
 
+def _with_dual(start: Alignment, model: nn.Module, example: Batch, seed: int) -> Alignment:
+    """Find what is on which side of a product inside heads, where that is not known yet."""
+    turning = [name for name in start.rotation if name not in start.streams]
+    if start.recipe.dual or not turning:
+        return start
+    dual = find_dual(start.symmetry, Bench.open(model, start.symmetry, example, seed), turning, seed)
+    return replace(start, recipe=replace(start.recipe, dual=dual))
+
+
 class _Descent:
     """Adam on rotations and, for a share of the steps, on soft permutations of the other groups.
 
@@ -192,16 +207,25 @@ class _Descent:
         line: From the folded reference to the second network as the start lays it.
         steps: How many there will be.
         lr: Learning rate of the rotations.
+        dense: Groups that may take any basis.
         soft: Share of the steps with soft permutations.
         soft_lr: Learning rate of their logits.
         seed: Of the noise on these.
     """
 
     def __init__(
-        self, start: Alignment, line: Line, steps: int, lr: float, soft: float, soft_lr: float, seed: int
+        self,
+        start: Alignment,
+        line: Line,
+        steps: int,
+        lr: float,
+        dense: set[str],
+        soft: float,
+        soft_lr: float,
+        seed: int,
     ) -> None:
         self.start, self.line, self.steps, self.lr = start, line, steps, lr
-        self.turns = Turns(start.recipe.streams, start.rotation, next(iter(line.b.values())))
+        self.turns = Turns(start.recipe.streams, start.rotation, next(iter(line.b.values())), dense)
         gains = {gain for stream in start.recipe.streams for gain in stream.gains}
         self.moving = {name: tensor for name, tensor in line.b.items() if name not in gains}
         self.soft_steps = round(soft * steps) if _permuted(start) else 0
@@ -218,7 +242,7 @@ class _Descent:
     def step(self, at: int, alpha: float, batch: Batch, precision: torch.dtype) -> None:
         """Descend once."""
         matrices = {**self.turns.matrices(), **self._orders(at)}
-        moved = {**self.line.b, **soft_apply(self.start.symmetry, self.moving, matrices)}
+        moved = {**self.line.b, **self._carried(matrices, at)}
         with _running(self.line.device, precision):
             value = self.line.loss_at(alpha, moved, batch, at)
         self.adam.zero_grad()
@@ -226,6 +250,13 @@ class _Descent:
         self.adam.param_groups[0]["lr"] = self.lr * min(1.0, 2 * (1 - at / self.steps))
         self.adam.step()
         self.losses.append(float(value.detach()))
+
+    def _carried(self, matrices: Mapping[str, Tensor], at: int) -> dict[str, Tensor]:
+        recipe = self.start.recipe
+        try:
+            return carried(recipe.symmetry, self.moving, matrices, recipe.dual)
+        except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
+            raise NotFiniteError(f"a basis inside heads is singular in step {at}; lower lr, or dense=False") from error
 
     def _orders(self, at: int) -> dict[str, Tensor]:
         if self.logits is None:

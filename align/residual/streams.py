@@ -141,7 +141,11 @@ def _divided(norm: Norm, bias: Tensor, gain: Tensor) -> Tensor:
 
 
 def rotated(
-    streams: Iterable[Stream], symmetry: Symmetry, state: Mapping[str, Tensor], rotations: Mapping[str, Tensor]
+    streams: Iterable[Stream],
+    symmetry: Symmetry,
+    state: Mapping[str, Tensor],
+    rotations: Mapping[str, Tensor],
+    dual: Iterable[tuple[str, str]] = (),
 ) -> dict[str, Tensor]:
     """Apply matrices along every axis of their streams but those of the gains.
 
@@ -150,19 +154,39 @@ def rotated(
         symmetry: Of the network.
         state: Tensors by name, folded.
         rotations: Q by stream, (units, units): the activations x of the stream become Q x.
+        dual: Groups with parameters that take the inverse transposed matrix.
 
     Returns:
         All tensors by name; those that change are new, in float64.
     """
     gains = {name for stream in streams for name in stream.gains}
-    touched = {name for name, _ in _axes(symmetry, rotations)} - gains
+    moving = {name: tensor.double() for name, tensor in state.items() if name not in gains}
     matrices = {name: matrix.double() for name, matrix in rotations.items()}
-    return {
-        name: soft_permute(symmetry.layout[name], tensor.double(), matrices, symmetry.within)
-        if name in touched
-        else tensor
-        for name, tensor in state.items()
-    }
+    touched = {name for name, _ in _axes(symmetry, rotations)}
+    return {**state, **carried(symmetry, {k: t for k, t in moving.items() if k in touched}, matrices, dual)}
+
+
+def carried(
+    symmetry: Symmetry,
+    state: Mapping[str, Tensor],
+    matrices: Mapping[str, Tensor],
+    dual: Iterable[tuple[str, str]] = (),
+) -> dict[str, Tensor]:
+    """Apply matrices along every axis of their groups, or their transposed inverses; differentiable in both.
+
+    Args:
+        symmetry: Of the network.
+        state: Tensors by name.
+        matrices: By group, as in `soft_permute`.
+        dual: Groups with parameters that take the inverse transposed matrix; for a rotation that is the same.
+    """
+    pairs = set(dual)
+    inverse = {group: torch.linalg.inv(matrices[group]).mT for group, _ in pairs if group in matrices}
+    found = {}
+    for name, tensor in state.items():
+        own = {group: inverse[group] if (group, name) in pairs else matrix for group, matrix in matrices.items()}
+        found[name] = soft_permute(symmetry.layout[name], tensor, own, symmetry.within)
+    return found
 
 
 def _axes(symmetry: Symmetry, groups: Iterable[str]) -> Iterable[tuple[str, int]]:

@@ -18,8 +18,11 @@ from torch import Tensor, nn
 
 from isthmus.align import Permutation
 from isthmus.align.residual import Alignment, fold_norms, orthogonal_matching, random_rotation, rotate
+from isthmus.align.residual.dual import find_dual
 from isthmus.align.residual.learned import LearnedAlignment, learned_alignment
+from isthmus.align.residual.probing import Bench
 from isthmus.align.residual.turning import Turns, cayley
+from isthmus.base.batches import Batch
 from isthmus.base.errors import ArchitectureError, DataError, NotFiniteError, SymmetryError
 from isthmus.base.evaluation import evaluate
 from isthmus.base.interpolation import interpolate
@@ -103,8 +106,9 @@ def test_a_planted_rotation_is_found_from_beside_it(name: str, pair: Callable[[s
     # what the network itself gives is reached by nothing but the network itself
     data = [(ids, case.a(ids).detach()) for ids, _ in case.data]
     found = learned_alignment(
-        case.a, case.b, data, start=start, steps=50, lr=0.03, held=1, loss=F.mse_loss, verify=False, progress=False
-    )
+        case.a, case.b, data, start=start, steps=50, lr=0.03, dense=False, held=1, loss=F.mse_loss, verify=False,
+        progress=False,
+    )  # fmt: skip
     assert found.candidates[-1] < 0.05 * found.candidates[0]
     for stream in found.recipe.streams:
         turned = [(each.rotation[stream.name] - case.truth.rotation[stream.name]).norm() for each in (start, found)]
@@ -151,8 +155,12 @@ def test_the_function_stays_exactly_what_it_was(
     expected = exact(nets.ids).detach()
     assert torch.allclose(found.apply(exact)(nets.ids), expected, rtol=1e-9, atol=1e-9)
     b.float()
-    for turn in found.rotation.values():
-        assert torch.allclose(turn @ turn.mT, torch.eye(turn.shape[-1]).double().expand_as(turn), atol=1e-12)
+    free = {group for group, _ in found.recipe.dual}
+    assert free == found.rotation.keys() - set(found.streams)
+    for group, turn in found.rotation.items():
+        product = turn @ turn.mT
+        assert torch.allclose(product, torch.eye(turn.shape[-1]).double(), atol=1e-12 if group not in free else 1.0)
+        assert group not in free or not torch.allclose(product, torch.eye(turn.shape[-1]).double(), atol=1e-3)
     for stream in found.recipe.streams:
         if stream.hold_ones:
             assert torch.allclose(found.rotation[stream.name].sum(1), torch.ones(12).double(), atol=1e-12)
@@ -195,7 +203,10 @@ def test_candidates_and_losses_are_those_of_the_networks_between(pair: Callable[
 
 def test_it_never_falls_behind_its_start(pair: Callable[[str], Pair]) -> None:
     case = pair("layer norm")
-    found = learned_alignment(case.a, case.b, case.data, start=case.truth, steps=3, every=1, lr=10.0, progress=False)
+    options: dict[str, Any] = {"start": case.truth, "steps": 3, "every": 1, "lr": 10.0, "progress": False}
+    with pytest.raises(NotFiniteError, match="lower lr"):
+        learned_alignment(case.a, case.b, case.data, **options)
+    found = learned_alignment(case.a, case.b, case.data, **options, dense=False)
     assert min(found.candidates[1:]) > found.candidates[0]
     assert found.permutation == case.truth.permutation
     assert all(torch.equal(found.rotation[name], turn) for name, turn in case.truth.rotation.items())
@@ -234,6 +245,41 @@ def test_low_precision_lowers_the_loss_too(pair: Callable[[str], Pair]) -> None:
         verify=False, progress=False,
     )  # fmt: skip
     assert min(found.candidates) < 0.8 * found.candidates[0]
+
+
+# Bases inside heads
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_sides_of_products_in_heads_are_found(
+    name: str, pair: Callable[[str], Pair], nets: SimpleNamespace
+) -> None:
+    truth = pair(name).truth
+    turning = [group for group in truth.rotation if group not in truth.streams]
+    bench = Bench.open(pair(name).a, truth.symmetry, Batch((nets.ids,)))
+    found = find_dual(truth.symmetry, bench, turning)
+    sides = {frozenset(key.split(".")[3] for group, key in found if group == own) for own in turning}
+    queries = () if "rotary" in name else ({"k"}, {"q"})
+    assert len(sides) == (1 if "rotary" in name else 2)
+    assert all(side in ({"o"}, {"v"}, *queries) for side in sides)
+
+
+def test_any_basis_inside_heads_does_better_than_a_rotation(pair: Callable[[str], Pair]) -> None:
+    case = pair("layer norm")
+    dense = learned_alignment(case.a, case.b, case.data, start=case.truth, steps=1, verify=False, progress=False)
+    group = next(name for name in case.truth.rotation if name not in case.truth.streams)
+    stretched = case.truth.rotation[group] @ torch.diag(torch.tensor([0.5, 1.0, 1.5, 2.0])).double()
+    start = replace(dense, rotation={**case.truth.rotation, group: stretched}, permutation=case.truth.permutation)
+    data = [(ids, case.a(ids).detach()) for ids, _ in case.data]
+    free, held = (
+        learned_alignment(
+            case.a, case.b, data, start=start, steps=40, lr=0.03, dense=each, loss=F.mse_loss, progress=False
+        )
+        for each in (True, False)
+    )
+    assert free.error is not None
+    assert min(free.candidates) < 0.2 * free.candidates[0]
+    assert min(free.candidates) < 0.5 * min(held.candidates)
 
 
 # Rotations as numbers
