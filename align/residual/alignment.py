@@ -35,7 +35,7 @@ class Alignment:
         history: The objective at the start and after every step.
         scores: Per group one number for each unit of the first network: the cosine similarity of its weights with those
             of what is laid on it.
-        by: "weights", "activations" or "both".
+        by: "weights", "activations", "both" or "learned".
         seed: Of the search.
         error: Change of the second network's outputs by `apply`, relative, in float64; None: not verified.
         reference: The first network, folded; None for an alignment that was loaded: `fold` gives it.
