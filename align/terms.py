@@ -201,6 +201,11 @@ class Piece:
         """Number of its entries."""
         return math.prod(dim.size for dim in self.dims)
 
+    @property
+    def groups(self) -> list[str]:
+        """Names of the groups of its dimensions, one for each."""
+        return [dim.group for dim in self.dims if dim.group]
+
     def get(self, tensor: Tensor) -> Tensor:
         """Cut the piece out; a view where the piece is the whole tensor."""
         for axis, positions in enumerate(self.positions):
@@ -225,6 +230,16 @@ class Piece:
         found = [other for other, d in enumerate(self.dims) if d.group == group]
         same = [other for other in found if self.dims[other].axis == self.dims[dim].axis]
         return (same or found or [None])[0]
+
+    def around(self, dim: int, within: Sequence[str]) -> list[int]:
+        """List the dimensions on whose position the units of `dim` depend, outermost first, and `dim` itself.
+
+        Args:
+            dim: A dimension.
+            within: The groups that its group lies within.
+        """
+        outer = [self.partner(dim, name) for name in within]
+        return [*(other for other in outer if other is not None), dim]
 
 
 def pieces(axes: Sequence[Term]) -> list[Piece]:

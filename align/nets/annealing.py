@@ -17,7 +17,7 @@ from torch.nn.functional import one_hot
 from ..assignment import assign_each
 from ..soft import soft_take
 from ..symmetry import Group
-from .problem import Family, Pair, Similarities, rows, weight_similarities
+from .problem import Family, Pair, Similarities, within_similarities
 from .search import Each, Problem, Search
 
 # Largest factor by which one rebalancing corrects a unit: what no other unit wants yet must not blow up.
@@ -48,10 +48,9 @@ class Annealing:
         self.potentials: dict[tuple[str, str], Tensor] = {}
 
     def _undecided(self, group: Group, sharpness: float) -> Tensor:
-        sizes = [self.problem.symmetry.by_name[name].size for name in group.within]
         matrix = torch.full((group.size, group.size), (1 - sharpness) / group.size, dtype=self.dtype)
         matrix += sharpness * torch.eye(group.size, dtype=self.dtype)
-        return matrix.expand(*sizes, *matrix.shape).clone().to(self.device)
+        return matrix.expand(*self.problem.positions(group), *matrix.shape).clone().to(self.device)
 
     def run(self, generator: torch.Generator, steps: int, hot: float, cold: float, each: Each = map) -> None:
         """Cool from `hot` to `cold`, in standard deviations of each group's similarities.
@@ -106,27 +105,15 @@ class Annealing:
         return soft_take(self.search.now(pair).to(self.dtype), pair.piece, matrices, self.problem.symmetry.within)
 
     def _similarities(self, family: Family) -> Similarities:
-        settled = self.problem.settled(family)
+        order = self.search.permutation.indices[family.group.name]
         total = Similarities.zeros(family, self.dtype, self.device)
-        if settled:
-            order = self.search.permutation.indices[family.group.name]
-            total.add(None, self.problem.remember(family, settled)[:, order])
-        rest = [pair for pair in self.problem.touching(family) if pair not in settled]
-        return weight_similarities(rest, family, moved=lambda pair: self.softened(pair, family.names), total=total)
+        return self.problem.similarities(family, order, lambda pair: self.softened(pair, family.names), total)
 
     def _within(self, family: Family) -> Tensor:
-        group = family.group
-        sizes = [self.problem.symmetry.by_name[name].size for name in group.within]
-        total = torch.zeros(*sizes, group.size, group.size, dtype=self.dtype, device=self.device)
-        for pair in self.problem.touching(family):
-            b = self.softened(pair, family.names)
-            for at, dim in enumerate(pair.piece.dims):
-                if dim.group == group.name:
-                    around = [pair.piece.partner(at, name) for name in group.within]
-                    dims = [*(d for d in around if d is not None), at]
-                    x, y = (rows(t, dims).to(self.dtype).reshape(*sizes, group.size, -1) for t in (pair.a, b))
-                    total += x @ y.transpose(-1, -2)
-        return total
+        group, kind = family.group, {"dtype": self.dtype, "device": self.device}
+        total = torch.zeros(*self.problem.positions(group), group.size, group.size, **kind)
+        found = self.problem.touching(family)
+        return within_similarities(found, group, total, lambda pair: self.softened(pair, family.names))
 
     def _balance(self, key: tuple[str, str], similarity: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         heat = temperature * float(similarity.std(correction=0))

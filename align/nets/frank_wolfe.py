@@ -145,7 +145,7 @@ class Ascent:
         self.state = state
         self.mixture = mixture
         self.linear: dict[str, Tensor] = {}
-        self.degree = max((len(groups_in(piece)) for _, piece in parts), default=1)
+        self.degree = max((len(piece.groups) for _, piece in parts), default=1)
         self.dtype = dtype
 
     def values(self, at: int) -> Tensor:
@@ -280,7 +280,7 @@ def _climb(
 
 
 def _stands_alone(symmetry: Symmetry, piece: Piece) -> bool:
-    groups = groups_in(piece)
+    groups = piece.groups
     return len(groups) == 1 and not symmetry.within[groups[0]]
 
 
@@ -288,7 +288,7 @@ def _products(alone: Sequence[Part], a: State, b: State, dtype: torch.dtype) -> 
     """Sum the products of parts with a single group: no step needs more of them."""
     sums: dict[str, Tensor] = {}
     for name, piece in alone:
-        (group,) = groups_in(piece)
+        (group,) = piece.groups
         at = next(at for at, dim in enumerate(piece.dims) if dim.group == group)
         x, y = (rows(piece.get(state[name].detach()).to(dtype), [at]) for state in (a, b))
         sums[group] = sums[group] + x @ y.T if group in sums else x @ y.T
@@ -326,14 +326,9 @@ def precision(*states: State) -> torch.dtype:
     return reduce(torch.promote_types, (tensor.dtype for state in states for tensor in state.values()), torch.float32)
 
 
-def groups_in(piece: Piece) -> list[str]:
-    """Name the groups of a piece's dimensions, one for each."""
-    return [dim.group for dim in piece.dims if dim.group is not None]
-
-
 def parts(symmetry: Symmetry, names: Iterable[str]) -> list[Part]:
     """Cut parameters into pieces, and keep those with a group."""
-    return [(name, piece) for name in names for piece in pieces(symmetry.layout[name]) if groups_in(piece)]
+    return [(name, piece) for name in names for piece in pieces(symmetry.layout[name]) if piece.groups]
 
 
 def dot(xs: Iterable[Tensor], ys: Iterable[Tensor]) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -18,12 +18,12 @@ from ..symmetry import Symmetry
 from .activations import Correlated, activation_matching
 from .auto import auto
 from .frank_wolfe import frank_wolfe_matching
+from .functional import inner_product
 from .iterated import iterated_activation_matching
 from .learned import learned
 from .midpoint import midpoint_loss
 from .result import Matching
 from .scores import weight_scores
-from .search import Problem, Search
 from .sinkhorn_matching import sinkhorn_matching
 from .straight_through import straight_through
 from .weights import weight_matching
@@ -204,7 +204,7 @@ def _auto(task: Task) -> Matching:
     options = dict(task.options)
     chosen = options.pop("candidates", ("weights", "activations", "iterated"))
     assert task.data is not None
-    plain = Task(**{**vars(task), "options": {}})
+    plain = replace(task, options={})
     run = {name: lambda method=METHODS[name]: method.run(plain) for name in METHODS if name != "auto"}
     if task.start is not None:
         start = Matching(task.start, float("nan"), {}, method="init")
@@ -213,9 +213,9 @@ def _auto(task: Task) -> Matching:
     table = tuple(asdict(line) for line in found.table)
     won = found.result
     if won is None or won.method == "init":
-        value = Search(Problem.between(task.symmetry, *task.parameters), found.permutation).objective
+        value = inner_product(found.permutation, *task.parameters)
         won = Matching(found.permutation, value, task.measured(found.permutation), seed=task.seed)
-    return Matching(**{**vars(won), "method": f"auto: {found.winner}", "candidates": table})
+    return replace(won, method=f"auto: {found.winner}", candidates=table)
 
 
 METHODS: dict[str, Method] = {

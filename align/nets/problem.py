@@ -47,11 +47,6 @@ class Pair:
         """The second network's values, in its own order."""
         return self.piece.get(self.source_b[self.name].detach())
 
-    @property
-    def groups(self) -> list[str]:
-        """Names of the groups of its dimensions."""
-        return [dim.group for dim in self.piece.dims if dim.group]
-
 
 @dataclass(frozen=True)
 class Family:
@@ -85,12 +80,7 @@ def pairs(symmetry: Symmetry, a: Mapping[str, Tensor], b: Mapping[str, Tensor]) 
         a: Parameters of the first, by name.
         b: Parameters of the second.
     """
-    return [
-        Pair(name, piece, a, b)
-        for name in a
-        for piece in pieces(symmetry.layout[name])
-        if any(dim.group for dim in piece.dims)
-    ]
+    return [Pair(name, piece, a, b) for name in a for piece in pieces(symmetry.layout[name]) if piece.groups]
 
 
 def front(piece: Piece, at: int, family: Family) -> tuple[list[int], str | None]:
@@ -191,7 +181,7 @@ def weight_similarities(
     """
     total = Similarities.zeros(family) if total is None else total
     for pair in found:
-        if family.group.name not in pair.groups:
+        if family.group.name not in pair.piece.groups:
             continue
         values = pair.a, (pair.b if moved is None else moved(pair))
         for at, dim in enumerate(pair.piece.dims):
@@ -199,6 +189,41 @@ def weight_similarities(
                 dims, inner = front(pair.piece, at, family)
                 a, b = (describe(tensor, pair.piece, dims, profiles) for tensor in values)
                 total.add_product(inner, a, b)
+    return total
+
+
+def within_similarities(
+    found: Iterable[Pair],
+    group: Group,
+    total: Tensor,
+    moved: Callable[[Pair], Tensor],
+    *,
+    profiles: bool = False,
+    weights: Mapping[Pair, float] | None = None,
+) -> Tensor:
+    """Add the inner products of the units of a group in every position of the groups around it.
+
+    Args:
+        found: The pieces of both networks.
+        group: One that lies within others.
+        total: (*sizes of the groups around it, n, n), what to add to, in the precision of the products.
+        moved: Gives the second network's values of a pair, permuted.
+        profiles: Compare what no permutation of other groups changes.
+        weights: Of each pair; 1 by default.
+    """
+    for pair in found:
+        if group.name not in pair.piece.groups:
+            continue
+        values = pair.a, moved(pair)
+        for at, dim in enumerate(pair.piece.dims):
+            if dim.group == group.name:
+                dims = pair.piece.around(at, group.within)
+                a, b = (
+                    describe(part, pair.piece, dims, profiles).to(total.dtype).reshape(*total.shape[:-1], -1)
+                    for part in values
+                )
+                product = (a @ b.transpose(-1, -2)).to(total.device)
+                total += product if weights is None else weights[pair] * product
     return total
 
 

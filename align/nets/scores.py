@@ -32,8 +32,7 @@ def weight_scores(permutation: Permutation, a: Mapping[str, Tensor], b: Mapping[
             if dim.group is None:
                 continue
             group = symmetry.by_name[dim.group]
-            around = [pair.piece.partner(at, name) for name in group.within]
-            dims = [*(d for d in around if d is not None), at]
+            dims = pair.piece.around(at, group.within)
             x, y = (rows(tensor, dims).double() for tensor in values)
             terms = torch.stack([(x * y).sum(1), (x * x).sum(1), (y * y).sum(1)]).cpu()
             sums[group.name] = sums[group.name] + terms if group.name in sums else terms

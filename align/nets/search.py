@@ -16,7 +16,7 @@ from ..assignment import assign, assign_each
 from ..permutation import Permutation
 from ..symmetry import Group, Symmetry
 from ..terms import take
-from .problem import Family, Pair, Similarities, describe, families, pairs, weight_similarities
+from .problem import Family, Pair, Similarities, families, pairs, weight_similarities, within_similarities
 
 # A step counts as an improvement if it raises the objective by more than this part of its upper bound |A| |B|.
 TOLERANCE = 1e-12
@@ -72,7 +72,7 @@ class Problem:
 
     def touching(self, family: Family) -> list[Pair]:
         """Pieces that hold units of a family."""
-        return [pair for pair in self.pairs if set(pair.groups) & set(family.names)]
+        return [pair for pair in self.pairs if set(pair.piece.groups) & set(family.names)]
 
     def neighbours(self, index: int) -> set[int]:
         """Families whose assignment depends on this one: those that share a piece; itself where it meets itself."""
@@ -80,8 +80,8 @@ class Problem:
         touched: set[str] = set()
         again = False
         for pair in self.touching(mine):
-            touched |= set(pair.groups)
-            again |= pair.groups.count(mine.group.name) > 1
+            touched |= set(pair.piece.groups)
+            again |= pair.piece.groups.count(mine.group.name) > 1
         near = {at for at, family in enumerate(self.families) if at != index and set(family.names) & touched}
         return near | ({index} if again else set())
 
@@ -107,15 +107,32 @@ class Problem:
         return [
             pair
             for pair in self.pairs
-            if pair.groups == [group.name] and pair.piece.numel > group.size**2 and not family.inner
+            if pair.piece.groups == [group.name] and pair.piece.numel > group.size**2 and not family.inner
         ]
 
-    def remember(self, family: Family, settled: list[Pair]) -> Tensor:
-        """Give the similarity of settled pieces with b in its first order; computed once."""
-        name = family.group.name
-        if name not in self.remembered:
-            self.remembered[name] = weight_similarities(settled, family).outer
-        return self.remembered[name]
+    def similarities(
+        self, family: Family, order: Tensor, moved: Callable[[Pair], Tensor], total: Similarities
+    ) -> Similarities:
+        """Compute the inner products of the units of a family; those of settled pieces once for all searches.
+
+        Args:
+            family: Whose units.
+            order: That of the family's group in the second network, so far.
+            moved: Gives the second network's values of a pair, permuted.
+            total: What to add to.
+        """
+        settled = self.settled(family)
+        if settled:
+            name = family.group.name
+            if name not in self.remembered:
+                self.remembered[name] = weight_similarities(settled, family).outer
+            total.add(None, self.remembered[name][:, order])
+        rest = [pair for pair in self.touching(family) if pair not in settled]
+        return weight_similarities(rest, family, moved=moved, total=total)
+
+    def positions(self, group: Group) -> list[int]:
+        """Sizes of the groups that a group lies within."""
+        return [self.symmetry.by_name[name].size for name in group.within]
 
 
 class Search:
@@ -191,7 +208,7 @@ class Search:
         if all(torch.equal(order, _still(order)) for order in step.values()):
             return 0.0
         touched = self.problem.touching(family)
-        if gain is None or any(pair.groups.count(family.group.name) > 1 for pair in touched):
+        if gain is None or any(pair.piece.groups.count(family.group.name) > 1 for pair in touched):
             gain = self._measured_gain(step, touched)
         if gain <= TOLERANCE * self.problem.scale:
             return 0.0
@@ -231,13 +248,8 @@ class Search:
 
     def similarities(self, family: Family) -> Similarities:
         """Inner products of the units of a family, columns in the order found so far."""
-        settled = self.problem.settled(family)
-        rest = [pair for pair in self.problem.pairs if pair not in settled]
-        total = weight_similarities(rest, family, moved=self.now)
-        if settled:
-            order = self.permutation.indices[family.group.name]
-            total.add(None, self.problem.remember(family, settled)[:, order])
-        return total
+        order = self.permutation.indices[family.group.name]
+        return self.problem.similarities(family, order, self.now, Similarities.zeros(family))
 
     def within(
         self,
@@ -248,20 +260,8 @@ class Search:
         weights: Mapping[Pair, float] | None = None,
     ) -> Tensor:
         """Inner products of the units of a group in every position of the groups around it: (*positions, n, n)."""
-        sizes = [self.problem.symmetry.by_name[name].size for name in group.within]
-        total = torch.zeros(*sizes, group.size, group.size, dtype=torch.float64)
-        for pair in found:
-            for at, dim in enumerate(pair.piece.dims):
-                if dim.group == group.name:
-                    around = [pair.piece.partner(at, name) for name in group.within]
-                    dims = [*(d for d in around if d is not None), at]
-                    a, b = (
-                        describe(part, pair.piece, dims, profiles).double().reshape(*sizes, group.size, -1)
-                        for part in (pair.a, self.now(pair))
-                    )
-                    product = (a @ b.transpose(-1, -2)).to("cpu")
-                    total += product if weights is None else weights[pair] * product
-        return total
+        total = torch.zeros(*self.problem.positions(group), group.size, group.size, dtype=torch.float64)
+        return within_similarities(found, group, total, self.now, profiles=profiles, weights=weights)
 
 
 def _still(order: Tensor) -> Tensor:

@@ -100,7 +100,7 @@ def weight_matching(
             if start is None and _is_plain(search):
                 break
     _, objective, best = min(ends, key=lambda end: end[0])
-    return Found(best, objective, tuple(history), upper_bound(problem, objective))
+    return Found(best, objective, tuple(history), upper_bound(problem, max(line[-1] for line in history)))
 
 
 def _begin(search: Search, restart: int, started: bool, steps: int, generator: torch.Generator, each: Each) -> None:

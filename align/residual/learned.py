@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...base.architecture import check_finite, check_same_architecture, full_state
+from ...base.architecture import full_state
 from ...base.batches import Batch, Data, batches, require_repeatable
 from ...base.errors import DataError, NotFiniteError, SymmetryError, nearest
 from ...base.evaluation import Measure
@@ -22,6 +22,7 @@ from ...base.running import on_device
 from ..assignment import assign_each
 from ..derive import as_example
 from ..nets.functional import Line, Passes, check_search, open_line
+from ..nets.preparation import check_networks
 from ..nets.scores import weight_scores
 from ..nets.sinkhorn_matching import Logits
 from ..permutation import Permutation
@@ -183,10 +184,9 @@ def _check(
 
 
 def _checked(start: Alignment, model_a: nn.Module, model_b: nn.Module, device: Any) -> list[nn.Module]:
-    check_same_architecture(full_state(model_a), full_state(model_b), ("model a", "model b"))
+    check_networks((model_a, model_b), ("model a", "model b"))
     for model, name in ((model_a, "model a"), (model_b, "model b")):
         start.recipe.check_fits(model, name)
-        check_finite(dict(model.named_parameters()), name)
     return [on_device(model, device) for model in (model_a, model_b)]
 
 

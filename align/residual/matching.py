@@ -7,14 +7,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...base.architecture import check_finite, check_same_architecture, full_state
+from ...base.architecture import full_state
 from ...base.batches import Batch, Data, batches, require_repeatable
 from ...base.errors import DataError, SymmetryError, nearest
 from ...base.running import on_device
 from ..derive import as_example
 from ..derive import symmetry as derive
 from ..nets.activations import activation_matching
-from ..nets.matching import weight_scores
+from ..nets.preparation import check_networks
+from ..nets.scores import weight_scores
 from ..symmetry import Symmetry
 from ..verify import change
 from .activations import stream_rotations
@@ -133,9 +134,7 @@ def _check(by: str, data: Data | None, rounds: int, restarts: int) -> None:
 
 
 def _checked(model_a: nn.Module, model_b: nn.Module, device: Any) -> list[nn.Module]:
-    check_same_architecture(full_state(model_a), full_state(model_b), ("model a", "model b"))
-    for model, name in ((model_a, "model a"), (model_b, "model b")):
-        check_finite(dict(model.named_parameters()), name)
+    check_networks((model_a, model_b), ("model a", "model b"))
     return [on_device(model, device) for model in (model_a, model_b)]
 
 

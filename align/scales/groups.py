@@ -121,8 +121,7 @@ class ScaleGroups:
 def dims_of(symmetry: Symmetry, place: Place) -> tuple[Piece, list[int]]:
     """Give the piece of a place, and its dimensions that enumerate the units of its group, outermost group first."""
     piece = pieces(symmetry.layout[place.name])[place.part]
-    around = [piece.partner(place.dim, name) for name in symmetry.within[piece.dims[place.dim].group or ""]]
-    return piece, [*(at for at in around if at is not None), place.dim]
+    return piece, piece.around(place.dim, symmetry.within[piece.dims[place.dim].group or ""])
 
 
 def _along(factor: Tensor, piece: Piece, dims: list[int]) -> Tensor:

@@ -103,8 +103,7 @@ def cosines(both: Frame, permutation: Permutation, a: State, b: State) -> dict[s
         for at, dim in enumerate(pair.piece.dims):
             if dim.group is None:
                 continue
-            around = [pair.piece.partner(at, name) for name in both.common.by_name[dim.group].within]
-            dims = [*(d for d in around if d is not None), at]
+            dims = pair.piece.around(at, both.common.within[dim.group])
             features = rows(matched.a, dims).amax(0).to(pair.a.device, torch.float64)
             x, y = (rows(tensor, dims).double() * features for tensor in (pair.a, pair.b))
             dots[dim.group] = dots.get(dim.group, 0) + (x @ y.T).cpu()
