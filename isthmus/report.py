@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from isthmus.align.nets.methods import METHODS
 from isthmus.base.files import PathLike, make_folder, write_atomic
 
 from . import elements, figures
@@ -23,7 +24,7 @@ HOW = {
     "iterated": "their activations and weights",
     "straight_through": "the loss halfway",
     "learned": "the loss halfway",
-    "identity": "nothing: as it came is best",
+    "identity": "no change, which was best",
 }
 
 
@@ -74,7 +75,7 @@ def write_report(study: Study, folder: PathLike, *, files: Mapping[str, PathLike
 def _lead(study: Study) -> str:
     settings = study.settings
     how = HOW[study.matching.method.removeprefix("auto: ")]
-    if settings["match_data"]:
+    if METHODS[settings["method"]].needs:  # a repair reads data too, and says so itself
         how = f"{how} on {settings['match_data']}"
     return (
         f"Two networks, A and B ({settings['architecture']}, {settings['parameters']:,} parameters each), were "

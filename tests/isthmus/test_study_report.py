@@ -173,6 +173,11 @@ def test_report_says_that_repaired_networks_have_seen_data(tmp_path, repaired):
     assert "merged, repaired (rescale)" in words
     assert "their activations on digits, train split" in words
     assert "0.75, 0.25" in words
+    # matched by weights, the data was read for the repair only
+    by_weights = dataclasses.replace(repaired, settings={**repaired.settings, "method": "weights"})
+    by_weights = dataclasses.replace(by_weights, matching=dataclasses.replace(repaired.matching, method="weights"))
+    words = " ".join(Page(write_report(by_weights, tmp_path).read_text()).text)
+    assert "into the order of A's by their weights." in words
 
 
 def test_report_names_groups_without_scores_and_those_matched_by_weights(tmp_path, repaired):
