@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-ROOMS := base zoo metrics align align/nets align/residual align/scales align/units align/widths merge isthmus isthmus/commands
+ROOMS := base zoo metrics align align/nets align/residual align/scales align/units align/widths merge merge/averages merge/layerwise merge/paths merge/repairs merge/spawning merge/task_vectors merge/zipping isthmus isthmus/commands
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .PHONY: demo test lint format bench survey studies notebooks clean

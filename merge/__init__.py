@@ -10,8 +10,8 @@ from types import ModuleType
 from ..base.evaluation import Evaluation, evaluate
 from ..base.interpolation import interpolate, weighted_mean
 from .merging import Merged, merge
-from .path import Path, connect
-from .repair import repair
+from .paths import Path, connect
+from .repairs import repair
 
 __all__ = ["Evaluation", "Merged", "Path", "connect", "evaluate", "interpolate", "merge", "repair", "weighted_mean"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,14 +13,13 @@ from ..base.architecture import full_state
 from ..base.batches import Data, batches, require_repeatable
 from ..base.errors import ArchitectureError, DataError, nearest
 from ..base.evaluation import Evaluation, Measure, evaluate
-from ..base.interpolation import check_same_ties, normalised, varying, weighted_mean
-from .repair import choose_method
-from .repair import repair as repair_network
+from ..base.interpolation import check_same_ties, normalised, varying
+from .methods import Task, method_of
+from .repairs import choose_method
+from .repairs import repair as repair_network
 
 if TYPE_CHECKING:
     from ..align import Matching, Symmetry
-
-METHODS = ("mean",)
 
 
 @dataclass(frozen=True)
@@ -52,6 +50,8 @@ def merge(
     seed: int = 0,
     device: torch.device | str | None = None,
     verify: bool = True,
+    base: nn.Module | None = None,
+    **options: Any,
 ) -> Merged:
     """Merge networks of one architecture: bring all into the order of the first, average, and repair.
 
@@ -72,6 +72,8 @@ def merge(
         seed: Seed of the matching.
         device: Where to compute; that of each network by default.
         verify: Refuse a symmetry of which it has not been measured that it holds; False takes it on trust.
+        base: The common parent of fine-tuned networks, for the methods that need it; in the order of `models[0]`.
+        **options: Further arguments of the method.
 
     Returns:
         The merged network, on the device of the first one, and the report: `method`, `weights`, `align`, `objective`
@@ -92,7 +94,8 @@ def merge(
     >>> merge([ones, threes], align=None, weights=[3, 1]).model.weight.tolist()
     [[1.5, 1.5], [1.5, 1.5]]
     """
-    shares = _check(models, data, method, weights, align, repair, repair_data, symmetry)
+    how_merged = method_of(method, data, base, options)
+    shares = _check(models, data, weights, align, repair, repair_data, symmetry)
     varying([full_state(model) for model in models])
     check_same_ties(models)
     how = None if repair is None else choose_method(models[0], repair)
@@ -101,7 +104,8 @@ def merge(
     matchings = _match(models, data, align, symmetry, seed, device, verify)
     moved = [matching.apply(model) for matching, model in zip(matchings, models[1:], strict=False)]
     aligned = [models[0], *(moved or models[1:])]
-    merged = _average(aligned, shares)
+    outcome = how_merged.run(Task(aligned, shares, base, data, loss, metric, seed, device, options))
+    merged = outcome.model
     if how is not None:
         calibration = data if repair_data is None else repair_data
         assert calibration is not None
@@ -113,6 +117,7 @@ def merge(
         "objective": [matching.objective for matching in matchings],
         "repair": how,
         "repaired_on": None if how is None else "data" if repair_data is None else "repair_data",
+        **outcome.report,
     }
     if measured:
         found = _measure(merged, data, loss, metric, device)
@@ -123,15 +128,12 @@ def merge(
 def _check(
     models: Sequence[nn.Module],
     data: Data | None,
-    method: str,
     weights: Sequence[float] | None,
     align: str | Sequence[Matching] | None,
     repair: str | None,
     repair_data: Data | None,
     symmetry: Symmetry | None,
 ) -> list[float]:
-    if method not in METHODS:
-        raise DataError(f"method {method!r} is unknown; choose {', '.join(map(repr, METHODS))}")
     count = len(models)
     if count < 2:
         raise ArchitectureError(f"merging needs two networks or more, and there are {count}; pass a list of networks")
@@ -203,13 +205,3 @@ def _match(
         "verify": verify and example is None,
     }
     return [match(models[0], model, data, **options) for model in models[1:]]
-
-
-def _average(models: Sequence[nn.Module], shares: Sequence[float]) -> nn.Module:
-    merged = copy.deepcopy(models[0])
-    places = full_state(merged)
-    mean = weighted_mean([full_state(model) for model in models], shares)
-    with torch.no_grad():
-        for name, place in places.items():
-            place.copy_(mean[name])
-    return merged

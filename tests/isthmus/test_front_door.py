@@ -40,14 +40,14 @@ def test_merge_is_a_room_and_a_function_whatever_is_imported_first(python, impor
 {imports}
 import isthmus, torch
 from isthmus.merge import Merged, connect as walk
-from isthmus.merge.path import Path
-import isthmus.merge.path
+from isthmus.merge.paths import Path
+import isthmus.merge.paths
 a, b = (torch.nn.Linear(2, 1, bias=False) for _ in range(2))
 found = isthmus.merge([a, b], align=None)
 assert isinstance(found, Merged)
 assert torch.allclose(found.model.weight, (a.weight + b.weight) / 2)
 assert isthmus.merge.connect is walk is isthmus.connect
-assert isthmus.merge.path.Path is Path
+assert isthmus.merge.paths.Path is Path
 """
     done = python(code)
     assert done.returncode == 0, done.stderr

@@ -153,7 +153,7 @@ def test_unsaved_buffers_and_ties_are_kept():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"method": "ties"}, "'ties' is unknown; choose 'mean'"),
+        ({"method": "tangle"}, "method 'tangle' is unknown"),
         ({"align": "guess"}, "'guess' is unknown"),
         ({"align": []}, "2 networks need 1 matchings"),
         ({"align": object()}, "2 networks need 1 matchings"),

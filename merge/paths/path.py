@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..base.batch_norm import reset_batch_norms
-from ..base.batches import Data, batches, model_device, require_repeatable
-from ..base.errors import DataError
-from ..base.evaluation import Measure, Totals, choose_measures, evaluate
-from ..base.interpolation import Segment, segment
-from ..base.progress import progress as progress_bar
-from .repair import UnitStatistics, choose_method, rescale, unit_statistics
+from ...base.batches import Data, batches, model_device, require_repeatable
+from ...base.errors import DataError
+from ...base.evaluation import Measure, Totals, choose_measures, evaluate
+from ...base.interpolation import Segment, segment
+from ...base.progress import progress as progress_bar
+from ...base.running import on_device
+from ..repairs import Prepared, choose_method, prepare
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -200,7 +200,16 @@ def connect(
     if method is None:
         means, samples = _in_one_pass(line, data, alphas, measures, progress)
     else:
-        means, samples = _point_by_point(line, data, calibration, alphas, measures, method, progress)
+        means, samples = _point_by_point(
+            line,
+            (on_device(model_a, device), on_device(model_b, device)),
+            data,
+            calibration,
+            alphas,
+            measures,
+            method,
+            progress,
+        )
     accuracy = means[:, 1] if len(measures) > 1 else None
     name = getattr(measures[1], "__name__", type(measures[1]).__name__) if len(measures) > 1 else None
     return Path(alphas, means[:, 0], accuracy, name, samples, method)
@@ -220,6 +229,7 @@ def _in_one_pass(
 
 def _point_by_point(
     line: Segment,
+    parents: Sequence[nn.Module],
     data: Data,
     calibration: Data,
     alphas: np.ndarray,
@@ -227,17 +237,15 @@ def _point_by_point(
     method: str,
     show: bool | None,
 ) -> tuple[np.ndarray, int]:
-    ends: list[UnitStatistics] = []
+    prepared: Prepared | None = None
     rows, samples = [], 0
     for alpha in progress_bar(alphas.tolist(), "path", show=show):
         between = 0 < alpha < 1
-        if between and method == "rescale" and not ends:  # only now: data without labels has failed at alpha = 0
-            ends = [unit_statistics(line.move(end), calibration, show) for end in (0.0, 1.0)]
+        if between and prepared is None:  # only now: data without labels has failed at alpha = 0
+            prepared = prepare(parents, calibration, method, show)
         model = line.move(alpha)
-        if between and method == "reset":
-            reset_batch_norms(model, calibration, show)
-        elif between:
-            rescale(model, calibration, UnitStatistics.blend(ends, (1 - alpha, alpha)), show)
+        if between and prepared is not None:
+            prepared.apply(model, (1 - alpha, alpha))
         found = evaluate(model, data, loss=measures[0], metric=measures[1] if len(measures) > 1 else None)
         rows.append([found.loss] if found.metric is None else [found.loss, found.metric])
         samples = found.samples

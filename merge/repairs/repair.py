@@ -11,14 +11,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..base.architecture import check_same_architecture, full_state
-from ..base.batch_norm import batch_norms, reset_batch_norms
-from ..base.batches import Data, batches, model_device, require_repeatable
-from ..base.errors import ArchitectureError, DataError
-from ..base.interpolation import normalised
-from ..base.progress import progress as progress_bar
-from ..base.running import evaluating, on_device
-from ..metrics import Moments
+from ...base.architecture import check_same_architecture, full_state
+from ...base.batch_norm import batch_norms, reset_batch_norms
+from ...base.batches import Data, batches, model_device, require_repeatable
+from ...base.errors import ArchitectureError, DataError
+from ...base.interpolation import normalised
+from ...base.progress import progress as progress_bar
+from ...base.running import evaluating, on_device
+from ...metrics import Moments
 
 METHODS = ("auto", "reset", "rescale")
 

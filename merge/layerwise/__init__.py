@@ -1,0 +1,1 @@
+"""Connectivity layer by layer, of losses and of features."""

@@ -1,0 +1,1 @@
+"""Merging of fine-tuned networks by what each has added to their common parent."""
