@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from .batches import Data, batches, model_device
-from .errors import DataError, NotFiniteError
-from .progress import progress as progress_bar
-from .running import evaluating
+from .batches import Data
+from .calibration import Site, Statistics, calibrate
+from .held import MEMORY, Held
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 """The one base of BatchNorm1d, 2d, 3d and SyncBatchNorm."""
@@ -28,16 +25,20 @@ def batch_norms(model: nn.Module) -> dict[str, BatchNorm]:
     }
 
 
-def reset_batch_norms(model: nn.Module, data: Data, progress: bool | None = None) -> None:
+def reset_batch_norms(model: nn.Module, data: Data, progress: bool | None = None, memory: int = MEMORY) -> None:
     """Set, in place, the running statistics of every batch norm that the data reaches.
 
-    One pass with batch statistics, in which the inputs of every batch norm are recorded; its running mean and variance
-    become the exact mean and unbiased variance over all samples (Jordan et al. 2023, §3, for networks with batch norm).
+    Its running mean and variance become the mean and the unbiased variance, over all samples, of what reaches it in
+    evaluation mode, when the batch norms before it have been set (Jordan et al. 2023, §3, for networks with batch
+    norm). Batches are joined as far as memory allows; in one run this is exact. Where it takes several, each batch
+    norm normalises each by its own statistics first, and further passes in evaluation mode measure again until nothing
+    changes.
 
     Args:
-        model: The network.
-        data: Batches of inputs; labels are ignored. Large ones are better than small ones.
+        model: The network; after an error it is as it was.
+        data: Batches of inputs; labels are ignored.
         progress: Show a bar always (True), never (False), or on a terminal (None).
+        memory: Bytes of inputs to keep, and of activations that are alive at a time.
 
     Raises:
         DataError: There is no batch, or one holds a single value for each unit.
@@ -48,68 +49,66 @@ def reset_batch_norms(model: nn.Module, data: Data, progress: bool | None = None
     >>> layer.running_mean, layer.running_var
     (tensor([3.]), tensor([7.]))
     """
-    layers = batch_norms(model)
-    found = {name: _Running() for name in layers}
+    sites = batch_norm_sites(model)
+    held = data if isinstance(data, Held) else Held(data, memory)
+    calibrate(model, sites, held, show=progress, what="resetting batch norm")
+    count_batches(sites, held)
 
-    def note(name: str) -> Callable[..., None]:
+
+def batch_norm_sites(model: nn.Module) -> list[BatchNormSite]:
+    """List the batch norms that keep running statistics, as places to be settled."""
+    return [BatchNormSite(name, layer) for name, layer in batch_norms(model).items()]
+
+
+def count_batches(sites: list[BatchNormSite], data: Held) -> None:
+    """Write how many batches each batch norm has seen, which is what momentum=None averages over."""
+    for site in sites:
+        if site.found.count and site.norm.num_batches_tracked is not None:
+            site.norm.num_batches_tracked.fill_(data.count)
+
+
+class BatchNormSite(Site):
+    """The input of a batch norm, of which its running statistics are those that are wanted."""
+
+    what = "input"
+
+    def __init__(self, name: str, norm: BatchNorm) -> None:
+        super().__init__(name, norm)
+        self.norm = norm
+
+    def attach(self) -> RemovableHandle:
+        """Watch the inputs; while steering, each is normalised by its own statistics."""
+
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            found[name].add(args[0] if args else next(iter(kwargs.values())), name)
+            batch = self.note(args[0] if args else next(iter(kwargs.values())))
+            if self.steering:
+                self.settle(batch)
 
-        return hook
+        return self.norm.register_forward_pre_hook(hook, with_kwargs=True)
 
-    with evaluating(model), ExitStack() as hooks, torch.no_grad():
-        for name, layer in layers.items():
-            hooks.callback(layer.register_forward_pre_hook(note(name), with_kwargs=True).remove)
-            layer.training = True
-        for batch in progress_bar(batches(data, model_device(model)), "resetting batch norm", show=progress):
-            batch.call(model)
-        for name, running in found.items():
-            running.write(layers[name])
+    def samples(self, values: Tensor) -> Tensor:
+        """Read (N, units, …) as samples x units."""
+        return values.movedim(1, -1).flatten(0, -2)
 
+    @torch.no_grad()
+    def settle(self, found: Statistics) -> None:
+        """Write the mean and the unbiased variance."""
+        mean, variance = self.tensors()
+        mean.copy_(found.average)
+        variance.copy_(found.variance(correction=1))
 
-@dataclass
-class _Running:
-    """Mean and sum of squared deviations of each unit, batches merged as by Chan, Golub & LeVeque (1983)."""
+    def error(self, found: Statistics) -> float:
+        """Compare what was found with what is written."""
+        mean, variance = (tensor.double() for tensor in self.tensors())
+        std = found.variance(correction=1).sqrt()
+        varies = std > torch.finfo(torch.float32).eps * found.average.abs()
+        if not varies.any():
+            return 0.0
+        off = torch.maximum((found.average - mean).abs() / std, (variance.sqrt() / std - 1).abs())
+        return float(off[varies].max())
 
-    count: int = 0
-    calls: int = 0
-    shift: Tensor | None = None
-    mean: Tensor | None = None
-    squares: Tensor | None = None
-
-    def add(self, values: Tensor, name: str) -> None:
-        samples = values.movedim(1, -1).flatten(0, -2) if values.ndim > 1 else values[None]
-        if len(samples) < 2:
-            raise DataError(
-                f"a batch gives {name} one value for each unit, of shape {tuple(values.shape)}, which has no variance; "
-                "use larger batches, and drop_last=True if the last one is that small"
-            )
-        samples = samples.to(torch.float64)
-        if self.shift is None:  # constant units then have exactly zero variance, whatever their value
-            self.shift = samples[0].clone()
-        samples = samples - self.shift
-        mean = samples.mean(0)
-        squares = (samples - mean).square().sum(0)
-        if not torch.isfinite(squares).all():
-            raise NotFiniteError(f"the input of {name}, of shape {tuple(values.shape)}, holds NaN or infinity")
-        self._merge(len(samples), mean, squares)
-
-    def _merge(self, count: int, mean: Tensor, squares: Tensor) -> None:
-        self.calls += 1
-        if self.mean is None or self.squares is None:
-            self.count, self.mean, self.squares = count, mean, squares
-            return
-        delta, total = mean - self.mean, self.count + count
-        self.mean += delta * (count / total)
-        self.squares += squares + delta.square() * (self.count * count / total)
-        self.count = total
-
-    def write(self, layer: BatchNorm) -> None:
-        if self.mean is None or self.squares is None or self.shift is None:
-            return  # the data never came here
-        assert layer.running_mean is not None
-        assert layer.running_var is not None
-        layer.running_mean.copy_(self.shift + self.mean)
-        layer.running_var.copy_(self.squares / (self.count - 1))
-        if layer.num_batches_tracked is not None:
-            layer.num_batches_tracked.fill_(self.calls)
+    def tensors(self) -> list[Tensor]:
+        """List the running mean and variance."""
+        assert self.norm.running_mean is not None
+        assert self.norm.running_var is not None
+        return [self.norm.running_mean, self.norm.running_var]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from .errors import DataError
 from .running import evaluating, on_device
 
 Measure = Callable[[Any, Any], Tensor | float]
+"""Function (outputs, targets) → mean over the batch, a scalar; or one value for each sample of the batch."""
 
 IGNORED = -100
 """The label that does not count, as in `torch.nn.functional.cross_entropy`."""
@@ -46,13 +47,14 @@ def evaluate(
 ) -> Evaluation:
     """Measure a network's loss and metric on data, in evaluation mode and without gradients.
 
-    Batches are weighted by their size and summed in float64, so that their sizes do not matter. The network's modes are
+    Samples are summed in float64, so that the sizes of batches do not matter. The network's modes are
     as before afterwards, also after an error.
 
     Args:
         model: The network.
         data: Batches with labels: `(x, y)`, or a mapping with its labels under `labels`, `targets`, ….
-        loss: Function (outputs, targets) → mean over the batch, a scalar. By default `cross_entropy`.
+        loss: Function (outputs, targets) → mean over the batch, a scalar, or one value for each sample. By default
+            `cross_entropy`.
         metric: A second such function. By default `accuracy` beside the default loss, and none beside another loss.
         device: Where to compute; that of the network by default.
 
@@ -81,35 +83,85 @@ def evaluate(
 
 @dataclass
 class Totals:
-    """Weighted sums of measures (axis 1) at several points (axis 0), in float64."""
+    """What each sample adds to the means of measures, at several points: nothing is summed before the end.
 
-    sums: np.ndarray
-    weights: np.ndarray
+    Attributes:
+        sums: For each point and measure: of each batch, what its samples add; float64 on the CPU.
+        weights: For each measure: of each batch, how much its samples count. Labels decide it, so it is the same at
+            all points.
+        samples: How many inputs were seen; whoever adds batches counts them.
+        order: A number for each batch, where it must be known whether two passes saw the same.
+    """
+
+    sums: list[list[list[Tensor]]]
+    weights: list[list[Tensor]]
     samples: int = 0
+    order: list[float] = field(default_factory=list)
 
     @classmethod
     def zeros(cls, points: int, measures: int) -> Totals:
         """Start with nothing measured."""
-        return cls(np.zeros((points, measures)), np.zeros((points, measures)))
+        return cls([[[] for _ in range(measures)] for _ in range(points)], [[] for _ in range(measures)])
 
     def add(self, point: int, model: nn.Module, batch: Batch, measures: Sequence[Measure]) -> None:
-        """Run the model on a batch and add what the measures say of its outputs."""
-        outputs = batch.call(model)
+        """Run the model on a batch and add what the measures say of its outputs; point 0 comes first."""
+        self.note(point, batch.call(model), batch, measures)
+
+    def note(self, point: int, outputs: Any, batch: Batch, measures: Sequence[Measure]) -> None:
+        """Add what the measures say of outputs; point 0 comes first."""
         for index, measure in enumerate(measures):
-            weight = _weight(measure, batch)
-            if weight:
-                self.sums[point, index] += weight * _scalar(measure, outputs, batch.targets)
-                self.weights[point, index] += weight
+            sums, weights = contributions(measure, outputs, batch, check=point == 0)
+            self.sums[point][index].append(sums)
+            if point == 0:
+                self.weights[index].append(weights)
+
+    def of(self, measure: int) -> tuple[np.ndarray, np.ndarray]:
+        """Give what each sample adds (points × samples) to a measure, and how much each counts (samples,).
+
+        A measure that only tells the mean over a batch has a batch where others have a sample.
+        """
+        rows = [torch.cat(point[measure]).numpy() for point in self.sums]
+        return np.stack(rows), torch.cat(self.weights[measure]).numpy()
 
     def means(self) -> np.ndarray:
-        """Divide by the weights.
+        """Give the means (points × measures).
 
         Raises:
             DataError: No label counted.
         """
-        if not self.weights.all():
+        columns = [self.of(measure) for measure in range(len(self.weights))]
+        if not all(weights.any() for _, weights in columns):
             raise DataError(f"no label of the data counts: all are {IGNORED}, the label to be ignored")
-        return self.sums / self.weights
+        return np.stack([sums.sum(1) / weights.sum() for sums, weights in columns], axis=1)
+
+
+def contributions(measure: Measure, outputs: Any, batch: Batch, check: bool = True) -> tuple[Tensor, Tensor]:
+    """Give what each sample of a batch adds to the mean of a measure, and how much it counts.
+
+    Args:
+        measure: `cross_entropy` and `accuracy` are known sample by sample; a function that gives one value per sample
+            is taken at its word; of one that gives the mean over the batch, the batch is all that is known.
+        outputs: Of the network on the batch.
+        batch: With its targets. With labels per token, a sample is a sequence and counts with its tokens.
+        check: Check the labels as well; False where it has been done for this batch.
+
+    Returns:
+        Value times weight and weight, (samples,) or (1,), in float64 on the CPU.
+
+    Raises:
+        DataError: Labels are missing or wrong, or the measure gave a tensor of another shape.
+
+    >>> logits, labels = torch.eye(3), torch.tensor([0, 1, 0])
+    >>> contributions(accuracy, logits, Batch((logits,), targets=labels))[0]
+    tensor([1., 1., 0.], dtype=torch.float64)
+    """
+    if not by_sample(measure):
+        return _given(measure, outputs, batch)
+    logits, labels = _logits_and_labels(outputs, batch.targets, check)
+    counted = labels != IGNORED
+    values = _cross_entropies(logits, labels) if measure is cross_entropy else (logits.argmax(-1) == labels) & counted
+    sums, weights = (part.to("cpu").to(torch.float64).view(len(batch), -1).sum(1) for part in (values, counted))
+    return sums, weights
 
 
 def choose_measures(loss: Measure | None, metric: Measure | None) -> list[Measure]:
@@ -132,8 +184,7 @@ def cross_entropy(outputs: Any, targets: Tensor | None) -> Tensor:
     >>> cross_entropy(torch.zeros(2, 4), torch.tensor([0, 3]))
     tensor(1.3863)
     """
-    logits, labels = _logits_and_labels(outputs, targets)
-    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels, ignore_index=IGNORED)
+    return _cross_entropies(*_logits_and_labels(outputs, targets), reduction="mean")
 
 
 def accuracy(outputs: Any, targets: Tensor | None) -> float:
@@ -154,20 +205,36 @@ def accuracy(outputs: Any, targets: Tensor | None) -> float:
     return int((logits.argmax(-1) == labels)[counted].sum()) / int(counted.sum())
 
 
-def _weight(measure: Measure, batch: Batch) -> int:
-    if measure in (cross_entropy, accuracy) and batch.targets is not None:
-        return int((batch.targets != IGNORED).sum())
-    return len(batch)
+def _cross_entropies(logits: Tensor, labels: Tensor, reduction: str = "none") -> Tensor:
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(wide, labels, ignore_index=IGNORED, reduction=reduction)
 
 
-def _scalar(measure: Measure, outputs: Any, targets: Tensor | None) -> float:
-    value = measure(outputs, targets)
-    if isinstance(value, Tensor) and value.numel() != 1:
-        name = getattr(measure, "__name__", type(measure).__name__)
-        raise DataError(
-            f"{name} gave a tensor of shape {tuple(value.shape)}; expected the mean over the batch, a scalar"
-        )
-    return float(value)
+def _given(measure: Measure, outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    value = torch.as_tensor(measure(outputs, batch.targets)).detach().to("cpu").to(torch.float64)
+    count = len(batch)
+    if value.shape == (count,):
+        return value, torch.ones_like(value)
+    if value.numel() == 1:
+        return count * value.reshape(1), torch.tensor([count], dtype=torch.float64)
+    raise DataError(
+        f"{measure_name(measure)} gave a tensor of shape {tuple(value.shape)}; expected the mean over the batch, a "
+        f"scalar, or one value for each sample, of shape {(count,)}"
+    )
+
+
+def by_sample(measure: Measure) -> bool:
+    """Tell whether a measure is known to look at each sample by itself, so that batches may be joined for it."""
+    return measure in (cross_entropy, accuracy)
+
+
+def measure_name(measure: Measure) -> str:
+    """Give the name of a function, or of the class of an object that can be called.
+
+    >>> measure_name(accuracy)
+    'accuracy'
+    """
+    return getattr(measure, "__name__", type(measure).__name__)
 
 
 def _logits(outputs: Any) -> Tensor:
@@ -180,7 +247,7 @@ def _logits(outputs: Any) -> Tensor:
     return found
 
 
-def _logits_and_labels(outputs: Any, targets: Tensor | None) -> tuple[Tensor, Tensor]:
+def _logits_and_labels(outputs: Any, targets: Tensor | None, check: bool = True) -> tuple[Tensor, Tensor]:
     logits = _logits(outputs)
     if targets is None:
         raise DataError(
@@ -194,6 +261,8 @@ def _logits_and_labels(outputs: Any, targets: Tensor | None) -> tuple[Tensor, Te
             f"{tuple(logits.shape[:-1])}: reshape them, or pass loss= and metric= functions that fit"
         )
     classes, labels = logits.shape[-1], targets.flatten().long()
+    if not check:
+        return logits.flatten(0, -2), labels
     wrong = labels[((labels < 0) | (labels >= classes)) & (labels != IGNORED)]
     if len(wrong):
         raise DataError(

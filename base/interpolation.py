@@ -1,10 +1,9 @@
-"""Points between sets of parameters: on the line through two, and the weighted mean of many."""
+"""Points between sets of parameters: on the line through two, on the plane through three, the weighted mean of many."""
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +11,48 @@ from torch import Tensor, nn
 
 from .architecture import State, check_finite, check_same_architecture, full_state
 from .errors import ArchitectureError, DataError
+from .running import copied
+
+
+@dataclass(frozen=True)
+class Span:
+    """All affine combinations of networks, each of which one scratch network can become.
+
+    Attributes:
+        model: A copy of the first network; `move` rewrites its weights.
+        values: For the name of each tensor that varies: its value in each network.
+        places: For the same names: where they are in `model`.
+    """
+
+    model: nn.Module
+    values: Mapping[str, tuple[Tensor, ...]]
+    places: Mapping[str, Tensor]
+
+    def move(self, coefficients: Sequence[float]) -> nn.Module:
+        """Write the combination with these coefficients, which add up to one, into the scratch network."""
+        for name, place in self.places.items():
+            combine(self.values[name], coefficients, place)
+        return self.model
+
+
+def span(models: Sequence[nn.Module], device: torch.device | str | None = None) -> Span:
+    """Open the affine hull of networks; none is ever written to.
+
+    Args:
+        models: Of one architecture, their units in the same order.
+        device: Where the scratch network lives; that of the first by default.
+
+    Raises:
+        ArchitectureError: A name, a shape or a pair of tied tensors differs.
+        NotFiniteError: A tensor holds NaN or infinity.
+    """
+    check_same_ties(models)
+    states = [full_state(model) for model in models]
+    names = varying(states, "abcdefgh"[: len(models)] if len(models) <= 8 else None)
+    scratch = copied(models[0]).to(device)
+    places = full_state(scratch)
+    values = {name: tuple(state[name].to(places[name].device) for state in states) for name in names}
+    return Span(scratch, values, {name: places[name] for name in names})
 
 
 @dataclass(frozen=True)
@@ -29,7 +70,7 @@ class Segment:
     def move(self, alpha: float) -> nn.Module:
         """Write the weights at `alpha` into the scratch network, and give it back."""
         for a, b, place in self.ends:
-            _lerp(a, b, alpha, place)
+            combine((a, b), (1 - alpha, alpha), place)
         return self.model
 
 
@@ -45,14 +86,40 @@ def segment(model_a: nn.Module, model_b: nn.Module, device: torch.device | str |
         ArchitectureError: A name, a shape or a pair of tied tensors differs.
         NotFiniteError: A tensor holds NaN or infinity.
     """
-    check_same_ties((model_a, model_b))
-    states = [full_state(model) for model in (model_a, model_b)]
-    names = varying(states, "ab")
-    scratch = copy.deepcopy(model_a).to(device)
-    places = full_state(scratch)
-    a, b = ({name: state[name].to(places[name].device) for name in names} for state in states)
-    ends = tuple((a[name], b[name], places[name]) for name in names)
-    return Segment(scratch, ends)
+    line = span((model_a, model_b), device)
+    ends = tuple((*line.values[name], place) for name, place in line.places.items())
+    return Segment(line.model, ends)  # pyright: ignore[reportArgumentType]
+
+
+def combine(values: Sequence[Tensor], coefficients: Sequence[float], out: Tensor) -> Tensor:
+    """Write an affine combination of tensors into another: Σ cᵢ vᵢ where Σ cᵢ = 1, in float32 or better.
+
+    Entries that are equal in all stay exactly as they are, and a coefficient of one gives its tensor exactly: summed is
+    what the others differ by from the one with the largest coefficient.
+
+    Args:
+        values: Tensors of one shape.
+        coefficients: One for each, adding up to one; for two tensors (1 - alpha, alpha).
+        out: Where to write, of the same shape; none of `values`.
+
+    Returns:
+        `out`.
+
+    >>> a, b, c = torch.tensor([[0.0, 5.0], [1.0, 5.0], [8.0, 5.0]])
+    >>> combine((a, b, c), (0.25, 1.0, -0.25), torch.empty(2))
+    tensor([-1.,  5.])
+    """
+    if len(values) == 2:
+        _lerp(values[0], values[1], float(coefficients[1]), out)
+        return out
+    wide = _accumulator(*values)
+    base = max(range(len(values)), key=lambda index: abs(coefficients[index]))
+    start = values[base].to(out.device, wide)
+    total = start.clone()
+    for index, coefficient in enumerate(coefficients):
+        if index != base and coefficient:
+            total.add_(values[index].to(out.device, wide) - start, alpha=float(coefficient))
+    return out.copy_(total)
 
 
 def interpolate(

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from isthmus.align import Correspondence, Matching, Permutation, Symmetry, correspond, match, symmetry
     from isthmus.merge import connect, merge, repair
     from isthmus.metrics import Moments, compare
+    from isthmus.metrics.collapse import collapse
 
     __version__: str
 
@@ -39,6 +40,7 @@ __all__ = [
     "Symmetry",
     "__version__",
     "align",
+    "collapse",
     "compare",
     "connect",
     "correspond",
@@ -58,6 +60,7 @@ _ROOM_OF = {
     "Moments": "metrics",
     "Permutation": "align",
     "Symmetry": "align",
+    "collapse": "metrics.collapse",
     "compare": "metrics",
     "connect": "merge",
     "correspond": "align",

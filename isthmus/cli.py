@@ -25,8 +25,11 @@ COMMANDS = {
     "match": "Bring the units of network B into the order of network A.",
     "connect": "Measure loss and accuracy on the straight path between A and B.",
     "merge": "Align, average and measure two networks or more.",
+    "spawn": "Find the step from which on a training is stable to its noise.",
     "compare": "Compare the representations of the layers of A and B.",
     "units": "Match, predict and cluster the units of layers of A and B, and show them.",
+    "collapse": "Measure neural collapse of a network, or of its checkpoints.",
+    "subclasses": "Find clusters inside the classes of a network.",
 }
 
 

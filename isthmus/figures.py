@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path as File
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
     from isthmus.align import Symmetry
     from isthmus.merge import Path
+    from isthmus.merge.layerwise import FeatureConnectivity, LayerwisePaths
+    from isthmus.merge.paths import Plane
     from isthmus.metrics import Similarity
 
 FORMATS = ("png", "svg", "pdf")
@@ -44,30 +46,95 @@ STYLE = {
     "xtick.color": "#4a4f57",
     "ytick.color": "#4a4f57",
     "axes.grid": True,
+    "axes.axisbelow": True,
     "grid.color": "#e7e8ea",
     "legend.frameon": False,
     "svg.fonttype": "none",
 }
 _MOST_LABELS = 14
+# Distances below are rounding: the first layer of a network is linear in its weights.
+_ROUNDING = 1e-7
 
 
-def path_figure(paths: Mapping[str, Path], quantity: str = "loss") -> Figure:
-    """Draw paths over one another.
+def path_figure(paths: Mapping[str, Path], quantity: str = "loss", band: float | None = None) -> Figure:
+    """Draw paths over one another, and with dotted lines what was measured on further data.
 
     Args:
         paths: By name.
         quantity: "loss" or "accuracy".
+        band: Level of confidence of a band to be shaded about each, such as 0.95; none by default.
     """
     figure, ax = _axes()
-    for name, path in paths.items():
-        path.plot(ax, label=name, quantity=quantity)
-        ax.lines[-1].set(linewidth=1.8, **_PATH_STYLES.get(name, {}))
+    for place, (name, path) in enumerate(paths.items()):
+        colour = _GROUP_COLOURS[place % len(_GROUP_COLOURS)]
+        style: dict[str, Any] = {"color": colour, "linestyle": "-", **_PATH_STYLES.get(name, {})}
+        ax.plot(path.alphas, path.values(quantity), label=name, marker="o", markersize=3, linewidth=1.8, **style)
+        if band is not None and path.contributions is not None and path.samples > 1:
+            low, high = path.band(band, quantity=quantity)
+            ax.fill_between(path.alphas, low, high, color=style["color"], alpha=0.15, linewidth=0)
+        for other in path.also.values():
+            ax.plot(other.alphas, other.values(quantity), color=style["color"], linestyle=":", linewidth=1.2)
     ax.set_xlabel("place on the line, α  (0: network A, 1: network B)")
     ax.set_ylabel("loss: cross entropy (nats)" if quantity == "loss" else "accuracy (share of samples)")
     ax.set_xlim(-0.02, 1.02)
     ax.set_ylim(bottom=0, top=1.02 if quantity == "accuracy" else None)
-    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(paths), columnspacing=1.2)  # clear of the curves
+    columns = min(len(paths), 3)
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=columns, columnspacing=1.2)  # clear of the curves
     return figure
+
+
+def features_figure(features: Mapping[str, FeatureConnectivity]) -> Figure:
+    """Draw by layer how far features halfway are from halfway between the features, and the networks from each other.
+
+    Args:
+        features: By what was done to B, all of the same layers, measured at one alpha.
+    """
+    figure, ax = _axes(height=3.7)
+    layers: Sequence[str] = ()
+    for name, found in features.items():
+        layers, colour = found.layers, _PATH_STYLES[name]["color"]
+        for values, line in ((found.endpoint_distance, ":"), (found.cosine_distance, "-")):
+            drawn = np.where(values > _ROUNDING, values, np.nan)
+            label = name if line == "-" else None
+            ax.plot(range(len(layers)), drawn, color=colour, linestyle=line, marker="o", markersize=3, label=label)
+    ax.set_yscale("log")
+    _name_layers(ax, layers)
+    ax.set_ylabel("1 − cosine of features")
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
+    return figure
+
+
+def layerwise_figure(layerwise: Mapping[str, LayerwisePaths]) -> Figure:
+    """Draw bars of the barrier of one layer at a time, the others held at A's.
+
+    Args:
+        layerwise: By what was done to B, all of the same layers.
+    """
+    figure, ax = _axes(height=3.7)
+    layers: Sequence[str] = ()
+    width = 0.8 / max(len(layerwise), 1)
+    for place, (name, found) in enumerate(layerwise.items()):
+        layers = found.layers
+        spots = np.arange(len(layers)) + (place - (len(layerwise) - 1) / 2) * width
+        ax.bar(spots, found.midpoint_barriers, width, color=_PATH_STYLES[name]["color"], label=name)
+    _name_layers(ax, layers)
+    ax.axhline(0, color="#8a8f98", linewidth=0.8)
+    ax.set_ylabel("loss with the layer halfway,\nabove the mean of A and B")
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
+    return figure
+
+
+def plane_figure(plane: Plane) -> Figure:
+    """Draw the loss on the plane through three networks."""
+    figure = Figure(figsize=(5.6, 4.6), layout="constrained")
+    plane.plot(figure.subplots(), labels=("A", "B", "C"))
+    return figure
+
+
+def _name_layers(ax: Axes, layers: Sequence[str]) -> None:
+    step = -(-len(layers) // _MOST_LABELS) or 1
+    ax.set_xticks(range(0, len(layers), step), layers[::step], rotation=45, ha="right", rotation_mode="anchor")
+    ax.set_xlim(-0.6, len(layers) - 0.4)
 
 
 def scores_figure(scores: Mapping[str, Any], label: str) -> Figure:
@@ -121,10 +188,12 @@ def study_figures(study: Study) -> dict[str, Figure]:
     """Draw all figures of a report."""
     with rc_context(STYLE):
         return {
-            "loss": path_figure(study.paths, "loss"),
-            "accuracy": path_figure(study.paths, "accuracy"),
+            "loss": path_figure(study.paths, "loss", band=0.95),
+            "accuracy": path_figure(study.paths, "accuracy", band=0.95),
             "scores": scores_figure(study.matching.scores, study.matching.score),
             "similarity": similarity_figure(study.similarity),
+            **({"features": features_figure(study.features)} if study.features else {}),
+            **({"layerwise": layerwise_figure(study.layerwise)} if study.layerwise else {}),
         }
 
 

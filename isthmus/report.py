@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path as File
 from typing import Any
 
 from isthmus.align.nets.methods import METHODS
 from isthmus.base.files import PathLike, make_folder, write_atomic
+from isthmus.merge import Path
 
 from . import elements, figures
 from .page import page
 from .plain import dumps, number, percent
 from .provenance import describe_files, versions
+from .report_captions import layer_captions
 from .study import Study
 
 # How each method of matching finds the order.
@@ -28,7 +30,7 @@ HOW = {
 }
 
 
-def write_report(study: Study, folder: PathLike, *, files: Mapping[str, PathLike] | None = None) -> Path:
+def write_report(study: Study, folder: PathLike, *, files: Mapping[str, PathLike] | None = None) -> File:
     """Write `report.html` and, with the data of every figure and table, `report.json`.
 
     The page fetches nothing: figures are inline SVG. The same study gives the same files, byte for byte.
@@ -56,7 +58,8 @@ def write_report(study: Study, folder: PathLike, *, files: Mapping[str, PathLike
     content = study.to_dict() | {"files": describe_files(files or {}), "versions": versions()}
     sections = [
         elements.figures_section(_figures(study)),
-        elements.columns_section({"Networks": _networks(study), "Barriers": _barriers(study)}),
+        elements.headed("Networks", _networks(study)),
+        elements.headed("Barriers and midpoints", _barriers(study)),
         elements.columns_section(
             {
                 "Units matched": _groups(study),
@@ -94,6 +97,12 @@ def _repair_note(study: Study) -> str:
     )
 
 
+def _lines_note(study: Study) -> str:
+    others = list(study.naive.also)
+    also = f" Dotted: on {', '.join(others)}." if others else ""
+    return " Shaded: 95 % intervals over the choice of samples." * (study.naive.contributions is not None) + also
+
+
 def _tiles(study: Study) -> list[tuple[str, str]]:
     return [
         ("Loss barrier, B as trained", number(study.naive.barrier)),
@@ -105,9 +114,11 @@ def _tiles(study: Study) -> list[tuple[str, str]]:
 
 def _figures(study: Study) -> list[str]:
     drawn = figures.study_figures(study)
+    said = {**_captions(study), **layer_captions(study)}
     return [
         elements.figure(figures.svg(drawn[name], name, alt), heading, caption)
-        for name, (heading, caption, alt) in _captions(study).items()
+        for name, (heading, caption, alt) in said.items()
+        if name in drawn
     ]
 
 
@@ -125,12 +136,13 @@ def _captions(study: Study) -> dict[str, tuple[str, str, str]]:
         "loss": (
             "Loss on the path",
             f"Loss on {where}. The barrier is the greatest height of a curve above the straight line between its ends."
+            + _lines_note(study)
             + _repair_note(study),
             f"Loss against place on the line between the networks. Loss barriers: {barriers}.",
         ),
         "accuracy": (
             "Accuracy on the path",
-            f"Accuracy on {where}." + _repair_note(study),
+            f"Accuracy on {where}." + _lines_note(study) + _repair_note(study),
             f"Accuracy against place on the line between the networks. At the midpoint: {middles}.",
         ),
         "scores": (
@@ -153,7 +165,10 @@ _POSITIONS = {"mean": "averaged", "samples": "counted as samples", "features": "
 
 
 def _networks(study: Study) -> str:
-    names = {"A": "network A", "B": "network B", "naive average": "average as trained", "merged": "merged"}
+    names = {
+        **{"A": "network A", "B": "network B", "naive average": "average as trained"},
+        **{"ensemble": "ensemble of A and B", "merged": "merged"},
+    }
     repaired = f", repaired ({study.settings['repair']})" if study.settings["repair"] else ""
     rows = [
         (names[name] + (repaired if name == "merged" else ""), number(found["loss"]), percent(found["metric"]))
@@ -163,11 +178,30 @@ def _networks(study: Study) -> str:
 
 
 def _barriers(study: Study) -> str:
-    rows = [
-        (name, number(path.barrier), number(path.accuracy_barrier), percent(path.midpoint_accuracy))
-        for name, path in study.paths.items()
-    ]
-    return elements.table(("path to B", "loss barrier", "accuracy barrier", "accuracy at\u00a0½"), rows)
+    rows = []
+    for name, path in study.paths.items():
+        rows.append(_barrier(name, path, study.intervals[name]))
+        rows.extend(_barrier(f"{name}, on {where}", other, None) for where, other in path.also.items())
+    headers = (
+        "path to B",
+        "loss barrier",
+        "95\u00a0% interval",
+        "accuracy barrier",
+        "loss at\u00a0½",
+        "accuracy at\u00a0½",
+    )
+    return elements.table(headers, rows)
+
+
+def _barrier(name: str, path: Path, interval: tuple[float, float] | None) -> tuple[str, ...]:
+    return (
+        name,
+        number(path.barrier),
+        "–" if interval is None else f"{number(interval[0])} to {number(interval[1])}",
+        number(path.accuracy_barrier),
+        number(path.midpoint_loss),
+        percent(path.midpoint_accuracy),
+    )
 
 
 def _groups(study: Study) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,8 +13,10 @@ from torch import nn
 
 from isthmus.align import Matching, Symmetry, match
 from isthmus.align.nets.methods import METHODS
-from isthmus.base.batches import Data, model_device, require_repeatable
+from isthmus.base.batches import Data, batches, model_device, require_repeatable
+from isthmus.base.errors import DataError
 from isthmus.merge import Path, connect, merge
+from isthmus.merge.layerwise import FeatureConnectivity, LayerwisePaths, feature_connectivity, layerwise_paths
 from isthmus.metrics import Similarity, compare
 from isthmus.metrics.capture import Positions
 
@@ -30,9 +33,11 @@ class Study:
         repaired: The same with every point repaired; None if that was not asked for.
         matching: What brings B into the order of A.
         merged: The merged network.
-        networks: Loss and metric of "A", "B", "naive average" and "merged".
+        networks: Loss and metric of "A", "B", "naive average", "ensemble" and "merged".
         similarity: Similarity of each layer of A with each layer of B.
         settings: How all this was made.
+        features: How linear the features are halfway, "as trained" and "matched", layer by layer.
+        layerwise: Barriers of one layer at a time, likewise; empty if they were not asked for.
     """
 
     naive: Path
@@ -43,12 +48,19 @@ class Study:
     networks: Mapping[str, Mapping[str, float | None]]
     similarity: Similarity
     settings: Mapping[str, Any]
+    features: Mapping[str, FeatureConnectivity] = field(default_factory=dict)
+    layerwise: Mapping[str, LayerwisePaths] = field(default_factory=dict)
 
     @property
     def paths(self) -> dict[str, Path]:
         """The paths by what was done to B."""
         named = {"as trained": self.naive, "matched": self.matched, "matched and repaired": self.repaired}
         return {name: path for name, path in named.items() if path is not None}
+
+    @cached_property
+    def intervals(self) -> dict[str, tuple[float, float] | None]:
+        """Per path a 95 % interval of its loss barrier over the choice of the data; None where it cannot be told."""
+        return {name: _interval(path) for name, path in self.paths.items()}
 
     @property
     def mean_scores(self) -> dict[str, float]:
@@ -73,6 +85,9 @@ class Study:
             "settings": dict(self.settings),
             "networks": {name: dict(figures) for name, figures in self.networks.items()},
             "paths": {name: path.to_dict() for name, path in self.paths.items()},
+            "intervals": self.intervals,
+            "features": {name: found.to_dict() for name, found in self.features.items()},
+            "layerwise": {name: found.to_dict() for name, found in self.layerwise.items()},
             "matching": {
                 "method": self.matching.method,
                 "objective": self.matching.objective,
@@ -103,6 +118,8 @@ def study(
     match_name: str | None = None,
     progress: bool | None = None,
     verify: bool = True,
+    options: Mapping[str, Any] | None = None,
+    layer_points: int = 5,
 ) -> Study:
     """Walk the path between two classifiers before and after matching, merge them, and compare their layers.
 
@@ -110,7 +127,8 @@ def study(
         model_a: The reference.
         model_b: A network of the same architecture. Neither is changed.
         data_eval: Batches `(x, y)` on which losses, accuracies and similarities are measured.
-        data_match: Batches for matching by what networks do and for repair; `data_eval` by default.
+        data_match: Batches for matching by what networks do and for repair; `data_eval` by default. Where they have
+            labels, the paths are measured on them too.
         method: Of `match`.
         repair: None, "auto", "reset" or "rescale": repair the matched path and the merged network; see `repair`.
         symmetry: Of both networks; derived by default.
@@ -124,6 +142,9 @@ def study(
         match_name: What to call `data_match` in a report; `eval_name` where there is none.
         progress: Show bars always (True), never (False), or on a terminal (None).
         verify: Refuse a symmetry of which it has not been measured that it holds; see `match`.
+        options: Of the mean, such as `{"by_layer": …}`; see `merge`.
+        layer_points: Points on the path of each layer; 0 leaves the paths of single layers out, which take a
+            measurement for each layer and point.
 
     Returns:
         The study; `report.write_report` writes it down.
@@ -139,28 +160,27 @@ def study(
     >>> data = loader(load_data("digits", "test"))
     >>> found = study(mlp(64, (16,), seed=0), mlp(64, (16,), seed=1), data, points=3)
     >>> list(found.paths), list(found.networks)
-    (['as trained', 'matched'], ['A', 'B', 'naive average', 'merged'])
+    (['as trained', 'matched'], ['A', 'B', 'naive average', 'ensemble', 'merged'])
     """
     for data in (data_eval, data_match):
         if data is not None:
             require_repeatable(data, "a study reads it several times")
     second = data_eval if data_match is None else data_match
     match_name = eval_name if data_match is None else match_name or "data_match"
-    walk = {"points": points, "device": device, "progress": progress}
+    layers = None if layers is None else list(layers)
+    common: dict[str, Any] = {"device": device, "progress": progress}
+    walk = {"points": points, **common, "also": None if data_match is None else _labelled(match_name, data_match)}
     naive = connect(model_a, model_b, data_eval, **walk)
-    similarity = compare(
-        model_a, model_b, data_eval, layers=layers, positions=positions, device=device, progress=progress
-    )
-    options = {"method": method, "symmetry": symmetry, "seed": seed, "verify": verify}
-    matching = match(model_a, model_b, second, device=device, progress=progress, **options)
+    similarity = compare(model_a, model_b, data_eval, layers=layers, positions=positions, **common)
+    matching = match(model_a, model_b, second, method=method, symmetry=symmetry, seed=seed, verify=verify, **common)
     ordered = matching.apply(model_b)
     matched = connect(model_a, ordered, data_eval, **walk)
     repaired = (
         None if repair is None else connect(model_a, ordered, data_eval, repair=repair, repair_data=second, **walk)
     )
-    pair = {"weights": weights, "device": device}
-    average = merge([model_a, model_b], data_eval, align=None, **pair).report
-    merged = merge([model_a, ordered], data_eval, align=None, repair=repair, repair_data=second, **pair)
+    pair = {"weights": weights, "device": device, "align": None, **(options or {})}
+    average = merge([model_a, model_b], data_eval, ensemble=False, **pair).report
+    merged = merge([model_a, ordered], data_eval, repair=repair, repair_data=second, **pair)
     settings = {
         **_facts(model_a),
         "method": method,
@@ -170,15 +190,51 @@ def study(
         "seed": seed,
         "device": str(model_device(model_a) if device is None else device),
         "eval_data": eval_name,
-        "match_data": match_name if METHODS[method].needs or repair is not None else None,
+        "match_data": match_name if METHODS[method].needs or repair is not None or naive.also else None,
     }
     networks: dict[str, Mapping[str, float | None]] = {
         "A": merged.report["parents"][0],
         "B": average["parents"][1],  # as given; put in another order it is the same but for rounding
         "naive average": average["merged"],
+        "ensemble": merged.report["ensemble"],
         "merged": merged.report["merged"],
     }
-    return Study(naive, matched, repaired, matching, merged.model, networks, similarity, settings)
+    chosen = None if layers is None else list(layers)
+    features, layerwise = _by_layer(
+        model_a, {"as trained": model_b, "matched": ordered}, data_eval, chosen, layer_points, common
+    )
+    return Study(naive, matched, repaired, matching, merged.model, networks, similarity, settings, features, layerwise)
+
+
+def _labelled(name: str, data: Data) -> dict[str, Data] | None:
+    return {name: data} if next(batches(data)).targets is not None else None
+
+
+def _by_layer(
+    model_a: nn.Module,
+    others: Mapping[str, nn.Module],
+    data: Data,
+    layers: list[str] | None,
+    points: int,
+    common: Mapping[str, Any],
+) -> tuple[dict[str, FeatureConnectivity], dict[str, LayerwisePaths]]:
+    """Measure the features halfway, and the path of one layer at a time, with B as trained and matched."""
+    features = {
+        name: feature_connectivity(model_a, model, data, layers=layers, **common) for name, model in others.items()
+    }
+    layerwise = {}
+    if points:
+        layerwise = {
+            name: layerwise_paths(model_a, model, data, points=points, **common) for name, model in others.items()
+        }
+    return features, layerwise
+
+
+def _interval(path: Path) -> tuple[float, float] | None:
+    try:
+        return path.barrier_interval()
+    except DataError:  # of one sample, or of data in another order at each point
+        return None
 
 
 def _facts(model: nn.Module) -> dict[str, Any]:

@@ -9,11 +9,54 @@ from types import ModuleType
 
 from ..base.evaluation import Evaluation, evaluate
 from ..base.interpolation import interpolate, weighted_mean
-from .merging import Merged, merge
-from .paths import Path, connect
-from .repairs import repair
+from .averages.fisher import fisher_mean
+from .averages.soups import Soup, greedy_soup
+from .ensemble import Ensemble
+from .layerwise import FeatureConnectivity, LayerwisePaths, feature_connectivity, layerwise_paths
+from .merging import Merged, merge, merge_states
+from .paths import Path, Plane, connect, midpoint, plane, plot_paths
+from .repairs import VarianceRatios, repair, variance_ratios
+from .spawning import Spawning, spawn
+from .task_vectors import dare, slerp, task_arithmetic, task_vector, ties
+from .zipping import TaskAccuracy, Zipped, task_accuracy, zip_networks
 
-__all__ = ["Evaluation", "Merged", "Path", "connect", "evaluate", "interpolate", "merge", "repair", "weighted_mean"]
+__all__ = [
+    "Ensemble",
+    "Evaluation",
+    "FeatureConnectivity",
+    "LayerwisePaths",
+    "Merged",
+    "Path",
+    "Plane",
+    "Soup",
+    "Spawning",
+    "TaskAccuracy",
+    "VarianceRatios",
+    "Zipped",
+    "connect",
+    "dare",
+    "evaluate",
+    "feature_connectivity",
+    "fisher_mean",
+    "greedy_soup",
+    "interpolate",
+    "layerwise_paths",
+    "merge",
+    "merge_states",
+    "midpoint",
+    "plane",
+    "plot_paths",
+    "repair",
+    "slerp",
+    "spawn",
+    "task_accuracy",
+    "task_arithmetic",
+    "task_vector",
+    "ties",
+    "variance_ratios",
+    "weighted_mean",
+    "zip_networks",
+]
 
 
 class _CallableRoom(ModuleType):

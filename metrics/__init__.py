@@ -7,6 +7,7 @@ from .collect import collect
 from .compare import compare
 from .cost import plan
 from .coupling import soft_coupling
+from .fisher import diagonal_fisher
 from .folds import UnitFolds, unit_folds
 from .gram import Gram
 from .hsic import HSIC, hsic
@@ -57,6 +58,7 @@ __all__ = [
     "cka_from_moments",
     "collect",
     "compare",
+    "diagonal_fisher",
     "difference_map",
     "hsic",
     "hsic_from_gram",

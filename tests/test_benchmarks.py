@@ -101,17 +101,45 @@ def test_units_are_measured_and_right(tmp_path: Path) -> None:
     assert {goal["goal"][0] for goal in report["goals"]} == set("ABCDE")
 
 
-def test_matching_runs_small(tmp_path: Path) -> None:
-    file = tmp_path / "matching.json"
+def quick(script: str, folder: Path, *arguments: str) -> Report:
+    """What a benchmark writes that trains small networks into a folder."""
+    file = folder / "found.json"
     done = subprocess.run(
-        [sys.executable, BENCHMARKS / "matching.py", "--networks", tmp_path, "--quick", "--json", file],
+        [sys.executable, BENCHMARKS / script, "--networks", folder, "--quick", "--json", file, *arguments],
         capture_output=True,
         text=True,
         check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
-    content = json.loads(file.read_text())
+    return json.loads(file.read_text())
+
+
+def test_matching_runs_small(tmp_path: Path) -> None:
+    content = quick("matching.py", tmp_path)
     rows = [row for case in content["cases"] for row in case["rows"]]
     assert {case["section"] for case in content["cases"]} >= set("ABD")
     assert not [row for row in rows if "failed" in row]
+
+
+def test_paths_beside_a_plain_script_have_the_same_barriers(tmp_path: Path) -> None:
+    barriers: dict[str, list[float]] = {}
+    for row in quick("connectivity.py", tmp_path, "--repeats", "1")["rows"]:
+        if "barrier" in row:
+            barriers.setdefault(row["what"], []).append(row["barrier"])
+    assert any(len(found) > 1 for found in barriers.values())
+    for found in barriers.values():
+        assert found == pytest.approx([found[0]] * len(found), rel=1e-4)
+
+
+def test_features_are_told_of_independent_matched_and_spawned_pairs(tmp_path: Path) -> None:
+    rows = quick("feature_connectivity.py", tmp_path)["rows"]
+    assert {row["way"] for row in rows} == {"independent", "weights", "spawned"}
+    assert all(row["found"]["layers"] for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("script", "key"), [("repairing.py", "rows"), ("averaging.py", "cases"), ("zipping.py", "rows")]
+)
+def test_merging_runs_small(script: str, key: str, tmp_path: Path) -> None:
+    assert quick(script, tmp_path)[key]

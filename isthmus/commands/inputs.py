@@ -191,9 +191,7 @@ def load_networks(options: NetworkOptions, paths: Sequence[Path], source: Source
     models = []
     for path, state in zip(paths, states, strict=True):
         model = make_network(options, None if source is None else source.dataset)
-        # batch norm's counters, which files from before PyTorch 0.4.1 do not have, change no output
-        counters = {k: v for k, v in _tensors(model).items() if k.endswith("num_batches_tracked") and k not in state}
-        state = {**state, **counters}
+        state = {**state, **_implied(model, state)}
         try:
             check_same_architecture(_tensors(model), state, (f"the network {options.model}", str(path)))
         except ArchitectureError as error:
@@ -205,6 +203,25 @@ def load_networks(options: NetworkOptions, paths: Sequence[Path], source: Source
     if source is not None:
         check_runs(models[0], source)
     return models
+
+
+def _implied(model: nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Give what a checkpoint may leave out: the further names of tied tensors, and the counters of batch norm.
+
+    The counters, which files from before PyTorch 0.4.1 do not have, change no output.
+    """
+    tensors = _tensors(model)
+    held: dict[int, torch.Tensor] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name in state:
+            held[id(tensor)] = state[name]
+    implied = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name not in state and id(tensor) in held:
+            implied[name] = held[id(tensor)]
+        elif name not in state and name.endswith("num_batches_tracked"):
+            implied[name] = tensors[name]
+    return implied
 
 
 def check_runs(model: nn.Module, source: Source) -> None:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import click
 
@@ -85,6 +85,24 @@ class Names(click.ParamType):
         return value if isinstance(value, tuple) else tuple(part.strip() for part in value.split(","))
 
 
+class Settings(click.ParamType):
+    """A name and its value, such as `density=0.2`; the value is JSON, or else text."""
+
+    name = "NAME=VALUE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, Any]:
+        """Split it, and read the value."""
+        if isinstance(value, tuple):
+            return value[0], value[1]
+        name, mark, text = value.partition("=")
+        if not (name and mark):
+            self.fail(f"{value!r}: expected name=value", param, ctx)
+        try:
+            return name, json.loads(text)
+        except json.JSONDecodeError:
+            return name, text
+
+
 def debug_option(command: Command) -> Command:
     """Add `--debug`; `main` looks for it in the arguments."""
     return click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")(command)
@@ -105,19 +123,28 @@ def seed_option(command: Command) -> Command:
     )
 
 
-def network_options(command: Command) -> Command:
-    """Add `--model` and `--model-args`; passed as `network`."""
+@overload
+def network_options(command: Command) -> Command: ...
+@overload
+def network_options(*, required: bool) -> Callable[[Command], Command]: ...
+def network_options(command: Command | None = None, *, required: bool = True) -> Any:
+    """Add `--model` and `--model-args`; passed as `network`, None where no model was named and none is required."""
+    if command is None:
+        return functools.partial(_network_options, required=required)
+    return _network_options(command, required=required)
 
+
+def _network_options(command: Command, required: bool) -> Command:
     @functools.wraps(command)
-    def packed(*args: Any, model: str, model_args: dict[str, Any], **others: Any) -> Any:
-        return command(*args, network=NetworkOptions(model, model_args), **others)
+    def packed(*args: Any, model: str | None, model_args: dict[str, Any], **others: Any) -> Any:
+        return command(*args, network=None if model is None else NetworkOptions(model, model_args), **others)
 
     wrapped = click.option(
         "--model-args", type=JsonObject(), default="{}", help="JSON object: further arguments of the network."
     )(packed)
     return click.option(
         "--model",
-        required=True,
+        required=required,
         metavar="NAME",
         help="The architecture: mlp, resnet, vgg, all_cnn, or package.module:factory.",
     )(wrapped)

@@ -52,7 +52,7 @@ def command(
     check_device(device)
     if data.split is not None:
         raise click.UsageError("train reads the train split and tests on the test split; --split does not go with it")
-    recipe = _recipe(network.model, {**chosen, "batch_size": data.batch_size}, seed)
+    recipe = chosen_recipe(network.model, {**chosen, "batch_size": data.batch_size}, seed)
     train_set, test_set = open_data(data, "train").dataset, open_data(data, "test").dataset
     if train_set is None or test_set is None:
         raise click.UsageError("train needs a data set of the zoo, such as --data digits")
@@ -74,7 +74,8 @@ def command(
     emit(as_json, result, lines)
 
 
-def _recipe(model: str, chosen: dict[str, Any], seed: int) -> Any:
+def chosen_recipe(model: str, chosen: dict[str, Any], seed: int) -> Any:
+    """Give the recipe of a network of the zoo, with what was said on the command line in place of its own values."""
     import dataclasses
 
     from isthmus.zoo import RECIPES, Recipe

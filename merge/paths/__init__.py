@@ -1,5 +1,8 @@
 """What lies between networks: the straight path, its barrier, planes through three."""
 
-from .path import Path, connect
+from .connecting import connect, midpoint
+from .drawing import plot_paths
+from .path import Path
+from .plane import Plane, plane
 
-__all__ = ["Path", "connect"]
+__all__ = ["Path", "Plane", "connect", "midpoint", "plane", "plot_paths"]

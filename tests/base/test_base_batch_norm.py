@@ -44,6 +44,24 @@ def test_statistics_are_those_of_all_samples() -> None:
     assert all(module.training for module in model.modules())  # as it was
 
 
+@pytest.mark.parametrize("memory", [2**30, 4000, 0])
+def test_evaluation_shows_just_these_statistics_in_every_layer(memory: int) -> None:
+    model = nn.Sequential(*(layer for _ in range(4) for layer in (nn.Linear(6, 6), nn.BatchNorm1d(6), nn.ReLU())))
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.5, generator=generator)
+    x = torch.randn(90, 6, generator=generator)
+    reset_batch_norms(model, x.split(20), memory=memory)
+    model.double().eval()
+    values = x.double()
+    for layer in model:
+        if isinstance(layer, nn.BatchNorm1d):
+            seen = values.detach().numpy()
+            assert layer.get_buffer("running_mean").numpy() == pytest.approx(seen.mean(0), abs=1e-5)
+            assert layer.get_buffer("running_var").numpy() == pytest.approx(seen.var(0, ddof=1), rel=2e-5)
+        values = layer(values)
+
+
 def test_on_one_batch_evaluation_is_then_training_but_for_the_unbiased_variance() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, eps=1e-12), nn.ReLU(), nn.Linear(4, 2))
     x = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
@@ -81,7 +99,8 @@ def test_a_norm_that_no_data_reaches_is_left() -> None:
 def test_wrong_data_is_refused_and_changes_nothing() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     with pytest.raises(DataError, match=r"a batch gives 1 one value for each unit, of shape \(1, 4\)"):
-        reset_batch_norms(model, [torch.randn(5, 3), torch.randn(1, 3)])
+        reset_batch_norms(model, [torch.randn(5, 3), torch.randn(1, 3)], memory=0)
+    assert not model.get_buffer("1.running_mean").any()
     with pytest.raises(DataError, match="no batch"):
         reset_batch_norms(model, [])
     with torch.no_grad():

@@ -14,8 +14,9 @@ from isthmus.align import Matching
 from isthmus.align.nets.methods import METHODS
 from isthmus.base.files import load_state_dict, save_state_dict
 from isthmus.cli import main
-from isthmus.commands.methods import NEEDS
+from isthmus.commands.methods import ALIGN, BASED, MERGING, NEEDS, UNALIGNED
 from isthmus.merge import evaluate
+from isthmus.merge.methods import METHODS as MERGES
 from isthmus.report import HOW
 from isthmus.zoo import load_data, loader, mlp, resnet
 
@@ -163,6 +164,13 @@ def test_the_command_line_knows_every_method_and_what_it_needs():
     assert {*METHODS, "identity"} - {"auto"} == set(HOW)
 
 
+def test_the_command_line_knows_every_method_of_merging_and_what_it_needs():
+    assert {name: method.needs for name, method in MERGES.items()} == MERGING
+    assert tuple(name for name, method in MERGES.items() if method.base) == BASED
+    assert tuple(name for name, method in MERGES.items() if not method.aligned) == UNALIGNED
+    assert {name: need for name, need in ALIGN.items() if name != "universe"} == NEEDS
+
+
 def test_match_takes_a_saved_symmetry_in_place_of_data(tmp_path, pair, run_json):
     args = ["--model", "mlp", "--model-args", json.dumps({"in_features": 64, "widths": WIDTHS})]
     a, b = pair / "a.safetensors", pair / "b.safetensors"
@@ -211,6 +219,7 @@ def test_merge_measures_beside_both_parents(tmp_path, pair, network, models, tes
     assert torch.equal(state["fc2.weight"], expected.model.state_dict()["fc2.weight"])
     assert found["merged"] == expected.report["merged"]
     assert found["parents"] == expected.report["parents"]
+    assert found["ensemble"] == expected.report["ensemble"]
     assert found["weights"] == [0.75, 0.25]
 
     explicit = ["--model", "mlp", "--model-args", json.dumps({"in_features": 64, "widths": WIDTHS})]

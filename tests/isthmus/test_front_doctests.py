@@ -4,7 +4,20 @@ from importlib import import_module
 import pytest
 
 
-@pytest.mark.parametrize("name", ["isthmus", "isthmus.cli", "isthmus.plain", "isthmus.study", "isthmus.report"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "isthmus",
+        "isthmus.cli",
+        "isthmus.plain",
+        "isthmus.recipe",
+        "isthmus.recipe_lines",
+        "isthmus.recipe_text",
+        "isthmus.spawning",
+        "isthmus.study",
+        "isthmus.report",
+    ],
+)
 def test_examples_in_docstrings(name):
     results = doctest.testmod(import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE)
     assert results.attempted > 0

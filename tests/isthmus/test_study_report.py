@@ -12,7 +12,8 @@ from torch import nn
 from isthmus import figures
 from isthmus.base.errors import DataError, OutputError
 from isthmus.merge import connect, evaluate, merge
-from isthmus.plain import dumps
+from isthmus.merge.layerwise import feature_connectivity, layerwise_paths
+from isthmus.plain import dumps, number
 from isthmus.report import write_report
 from isthmus.study import Study, study
 from isthmus.zoo import load_data, loader, mlp
@@ -62,8 +63,47 @@ def test_study_is_the_composition_of_its_parts(pair_and_data, plain):
     for name, model in {"A": a, "B": b, "naive average": merge([a, b], align=None).model}.items():
         assert plain.networks[name]["loss"] == pytest.approx(evaluate(model, test_set).loss)
     assert plain.networks["merged"]["loss"] == pytest.approx(plain.matched.midpoint_loss, rel=1e-5)
+    assert list(plain.networks) == ["A", "B", "naive average", "ensemble", "merged"]
+    both = merge([a, b], test_set, align=None).report["ensemble"]
+    assert plain.networks["ensemble"]["loss"] == pytest.approx(both["loss"], rel=1e-5)
     assert plain.networks["merged"]["loss"] < plain.networks["naive average"]["loss"]
     assert plain.verdict.startswith("After matching, the loss barrier falls from ")
+
+
+def test_study_goes_layer_by_layer(pair_and_data, plain):
+    (a, b), test_set, _ = pair_and_data
+    ordered = plain.matching.apply(b)
+    for name, model in {"as trained": b, "matched": ordered}.items():
+        features = feature_connectivity(a, model, test_set)
+        assert plain.features[name].cosine_distance.tolist() == features.cosine_distance.tolist()
+        found = layerwise_paths(a, model, test_set, points=5)
+        assert plain.layerwise[name].barriers.tolist() == found.barriers.tolist()
+    assert plain.features["matched"].cosine_distance[-1] < plain.features["as trained"].cosine_distance[-1]
+    without = study(a, b, test_set, points=3, layers=["fc1"], layer_points=0)
+    assert without.layerwise == {}
+    assert without.features["matched"].layers == ("fc1",)
+    assert list(figures.study_figures(without)) == ["loss", "accuracy", "scores", "similarity", "features"]
+
+
+def test_paths_are_measured_on_both_sets_of_data(pair_and_data, plain, repaired):
+    (a, b), test_set, train_set = pair_and_data
+    also = repaired.naive.also["digits, train split"]
+    assert also.loss == pytest.approx(connect(a, b, train_set, points=5).loss, rel=1e-6)
+    assert plain.naive.also == {}
+    assert repaired.intervals["as trained"] == connect(a, b, test_set, points=5).barrier_interval()
+    low, high = repaired.intervals["matched"] or (1.0, 0.0)
+    assert 0 <= low <= high
+    unlabelled = [batch[0] for batch in train_set]
+    assert study(a, b, test_set, data_match=unlabelled, points=3, layer_points=0).naive.also == {}
+    one = [(torch.zeros(1, 64), torch.zeros(1, dtype=torch.int64))]
+    alone = dataclasses.replace(plain, naive=connect(a, b, one, points=3))
+    assert alone.intervals["as trained"] is None
+
+
+def test_options_of_the_mean_reach_both_averages(pair_and_data):
+    (a, b), test_set, _ = pair_and_data
+    found = study(a, b, test_set, points=3, layer_points=0, options={"by_layer": {"fc3": [1, 0]}})
+    assert torch.equal(found.merged.get_parameter("fc3.bias"), a.get_parameter("fc3.bias"))
 
 
 def test_repair_and_weights_reach_the_merged_network(pair_and_data, repaired):
@@ -137,13 +177,17 @@ def test_report_is_one_whole_page_that_fetches_nothing(tmp_path, pair, plain):
     assert all(target and (target.startswith(inline) or target.removeprefix("#") in ids) for target in targets)
     assert len(ids) == len(set(ids))
     svgs = [attrs for tag, attrs in page.seen if tag == "svg"]
-    assert len(svgs) == 4
+    assert len(svgs) == 6
     assert all(len(attrs["aria-label"] or "") > 20 for attrs in svgs)
     words = " ".join(page.text)
     assert plain.verdict in words
     assert "digits, <test> split" in words
     assert sha256(file.read_bytes()).hexdigest() in words
     assert "have seen" not in words
+    assert "ensemble of A and B" in words
+    low, high = plain.intervals["as trained"] or (0, 0)
+    assert f"{number(low)} to {number(high)}" in words
+    assert "Dotted: on" not in words
     assert "cosine similarity of weights" in words  # the axis label: text stays text
 
 
@@ -154,6 +198,9 @@ def test_report_json_holds_the_data_of_every_figure_and_table(tmp_path, pair, pl
     assert content["paths"]["as trained"]["barrier"] == plain.naive.barrier
     assert content["matching"]["scores"]["fc1"] == plain.matching.scores["fc1"].tolist()
     assert content["similarity"]["values"] == plain.similarity.values.tolist()
+    assert content["intervals"]["matched"] == list(plain.intervals["matched"] or ())
+    assert content["features"]["matched"]["layers"][0]["layer"] == "fc1"
+    assert content["layerwise"]["as trained"] == plain.layerwise["as trained"].to_dict()
     assert content["networks"]["merged"] == plain.networks["merged"]
     assert content["settings"]["samples"] == 359
     assert content["settings"]["device"] == "cpu"
@@ -170,6 +217,8 @@ def test_report_is_the_same_byte_for_byte(tmp_path, plain):
 def test_report_says_that_repaired_networks_have_seen_data(tmp_path, repaired):
     words = " ".join(Page(write_report(repaired, tmp_path).read_text()).text)
     assert "Repaired networks have seen digits, train split" in words
+    assert "Dotted: on digits, train split." in words
+    assert "matched, on digits, train split" in words
     assert "merged, repaired (rescale)" in words
     assert "their activations on digits, train split" in words
     assert "0.75, 0.25" in words

@@ -95,13 +95,46 @@ def test_rescaled_units_have_the_statistics_of_their_targets(make, shape, alpha)
             np.testing.assert_allclose(after.mean(0), mean, atol=1e-5 * np.abs(mean).max())
 
 
-def test_first_layer_is_exact_over_many_batches():
+# the first bound joins all batches; the second some, which takes further passes; the third keeps none of the inputs
+@pytest.mark.parametrize("memory", [2**30, 2000, 0])
+@pytest.mark.parametrize("data", ["split", "iterator"])
+def test_every_layer_is_exact_over_many_batches(memory, data):
     a, b = seeded(mlp, 0), seeded(mlp, 1)
     x = inputs(60, 4)
-    repaired = repair(between(a, b, 0.5), x.split(7), endpoints=(a, b))
-    of_a, of_b, after = (raw_outputs(model, x)[0] for model in (a, b, repaired))
+    given = iter(x.split(7)) if data == "iterator" else x.split(7)
+    if data == "iterator" and not memory:
+        with pytest.raises(DataError, match="is an iterator"):
+            repair(between(a, b, 0.5), given, endpoints=(a, b), memory=memory)
+        return
+    repaired = repair(between(a, b, 0.5), given, endpoints=(a, b), memory=memory)
+    for index in range(3):
+        of_a, of_b, after = (raw_outputs(model, x)[index] for model in (a, b, repaired))
+        np.testing.assert_allclose(after.std(0), (of_a.std(0) + of_b.std(0)) / 2, rtol=1e-5)
+        if index != 1:  # that layer has no bias
+            np.testing.assert_allclose(after.mean(0), (of_a.mean(0) + of_b.mean(0)) / 2, atol=1e-5)
+
+
+def test_the_logits_are_rescaled_on_request():
+    a, b, x = seeded(mlp, 0), seeded(mlp, 1), inputs(60, 4)
+    repaired = repair(between(a, b, 0.5), x.split(20), endpoints=(a, b), logits=True)
+    of_a, of_b, after = (raw_outputs(model, x)[-1] for model in (a, b, repaired))
     np.testing.assert_allclose(after.std(0), (of_a.std(0) + of_b.std(0)) / 2, rtol=1e-5)
     np.testing.assert_allclose(after.mean(0), (of_a.mean(0) + of_b.mean(0)) / 2, atol=1e-5)
+    single = nn.Linear(4, 2)
+    torch.testing.assert_close(repair(single, x, endpoints=(single, single), logits=True)(x), single(x))
+
+
+def test_data_is_read_once():
+    a, b = seeded(mlp, 0), seeded(mlp, 1)
+    readings = []
+
+    class Batches:
+        def __iter__(self):
+            readings.append(1)
+            yield from inputs(60, 4).split(20)
+
+    repair(between(a, b, 0.5), Batches(), endpoints=(a, b))
+    assert len(readings) == 1
 
 
 @pytest.mark.parametrize(("make", "shape"), [(mlp, (64, 4)), (convnet, (40, 2, 7, 7))])
@@ -190,7 +223,7 @@ def test_shared_layers_and_shared_weights():
 
 
 def dense_statistics(model, x):
-    """Mean and unbiased variance of the inputs of every batch norm, each of which normalises by the batch itself."""
+    """Mean and unbiased variance of the inputs of every batch norm, each of which normalises by just these."""
     found = []
     x = x.double()
     for layer in copy.deepcopy(model).double().eval():
@@ -198,7 +231,7 @@ def dense_statistics(model, x):
             flat = x.movedim(1, -1).flatten(0, -2)
             found.append((flat.mean(0), flat.var(0)))
             shape = [1, -1] + [1] * (x.ndim - 2)
-            x = (x - flat.mean(0).view(shape)) / (flat.var(0, correction=0) + layer.eps).sqrt().view(shape)
+            x = (x - flat.mean(0).view(shape)) / (flat.var(0) + layer.eps).sqrt().view(shape)
             if layer.affine:
                 x = x * layer.weight.view(shape) + layer.bias.view(shape)
         else:
@@ -223,10 +256,11 @@ def test_reset_is_exact_over_uneven_batches(method):
     model, x = seeded(normed, 0), inputs(23, 2, 7, 7)
     x[:7] += 10  # far from the rest: the mean of the batches' variances would be far off
     repaired = repair(model, iter(x.split([7, 2, 14])), method=method)
-    mean, variance = dense_statistics(model, x)[0]
-    torch.testing.assert_close(repaired[1].running_mean.double(), mean, rtol=1e-5, atol=0)
-    torch.testing.assert_close(repaired[1].running_var.double(), variance, rtol=1e-5, atol=0)
-    assert repaired[1].num_batches_tracked == 3
+    norms = [layer for layer in repaired if hasattr(layer, "running_mean")]
+    for layer, (mean, variance) in zip(norms, dense_statistics(model, x), strict=True):
+        torch.testing.assert_close(layer.running_mean.double(), mean, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(layer.running_var.double(), variance, rtol=1e-5, atol=1e-6)
+        assert layer.num_batches_tracked == 3
 
 
 def test_reset_leaves_a_norm_that_is_not_reached():
@@ -284,7 +318,7 @@ def test_refuses_methods_that_do_not_fit():
     a, x = seeded(mlp, 0), inputs(8, 4)
     with pytest.raises(ArchitectureError, match="use method='rescale'"):
         repair(a, x, method="reset")
-    with pytest.raises(DataError, match="'renorm' is unknown; choose one of 'auto', 'reset', 'rescale'"):
+    with pytest.raises(DataError, match="'renorm' is unknown; choose one of 'auto', 'reset', 'rescale', 'both'"):
         repair(a, x, method="renorm")
     with pytest.raises(ArchitectureError, match="pass endpoints="):
         repair(a, x)
@@ -292,7 +326,7 @@ def test_refuses_methods_that_do_not_fit():
         repair(nn.ReLU(), x)
     with pytest.raises(ArchitectureError, match="no hidden"):
         repair(nn.Linear(4, 2), x, endpoints=(nn.Linear(4, 2), nn.Linear(4, 2)))
-    bound = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+    bound = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4))
     with pytest.raises(ArchitectureError, match="the weight of 0 is computed"):
         repair(nn.Sequential(bound, nn.Linear(4, 2)), x)
 
@@ -316,11 +350,12 @@ def test_refuses_data(make):
         repair(model, [], endpoints=ends)
     with pytest.raises(NotFiniteError, match="batch 0"):
         repair(model, torch.full((4, *shape), torch.nan), endpoints=ends)
-    with pytest.raises(DataError, match=r"one value for each unit, of shape \(1, .*drop_last=True"):
-        repair(model, [inputs(5, *shape), inputs(1, *shape)], endpoints=ends)
     if make is mlp:
-        with pytest.raises(DataError, match="is an iterator"):
-            repair(model, iter([inputs(5, 4)]), endpoints=ends)
+        with pytest.raises(DataError, match=r"one value for each unit, of shape \(1, .*drop_last=True"):
+            repair(model, inputs(1, *shape), endpoints=ends)
+    repair(model, [inputs(5, *shape), inputs(1, *shape)], endpoints=ends)  # joined, they have a variance
+    with pytest.raises(DataError, match=r"one value for each unit, of shape \(1, .*drop_last=True"):
+        repair(model, [inputs(5, *shape), inputs(1, *shape)], endpoints=ends, memory=0)
 
 
 @pytest.fixture

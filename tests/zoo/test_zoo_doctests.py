@@ -7,7 +7,22 @@ import pytest
 
 
 @pytest.mark.parametrize(
-    "name", ["checks", "cifar", "data", "idx", "networks", "norms", "resnet", "seeding", "subset", "training"]
+    "name",
+    [
+        "checks",
+        "cifar",
+        "coarse",
+        "data",
+        "idx",
+        "networks",
+        "norms",
+        "recipe",
+        "resnet",
+        "resuming",
+        "seeding",
+        "subset",
+        "training",
+    ],
 )
 def test_examples(name: str):
     assert doctest.testmod(importlib.import_module(f"isthmus.zoo.{name}")).failed == 0
