@@ -138,7 +138,13 @@ def _peak_per_sample(model: nn.Module, batch: Batch) -> int | None:
         with _Peak(model) as peak:
             whole = _first(few.call(model))
         part = _first(_rows(few, half).call(model))
-    if whole is None or part is None or whole.shape[1:] != part.shape[1:] or len(part) != half:
+    if (
+        whole is None
+        or part is None
+        or not part.isfinite().all()
+        or whole.shape[1:] != part.shape[1:]
+        or len(part) != half
+    ):
         return None
     if not torch.allclose(whole[:half], part, rtol=1e-3, atol=1e-4 * float(part.abs().mean())):
         return None

@@ -130,7 +130,7 @@ def study(
         data_match: Batches for matching by what networks do and for repair; `data_eval` by default. Where they have
             labels, the paths are measured on them too.
         method: Of `match`.
-        repair: None, "auto", "reset" or "rescale": repair the matched path and the merged network; see `repair`.
+        repair: None, "auto", "reset", "rescale" or "both", for the matched path and the merged network; see `repair`.
         symmetry: Of both networks; derived by default.
         weights: Of A and B in the merged network and in the naive average; equal by default.
         points: Points on each path, at least 3.

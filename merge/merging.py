@@ -94,7 +94,7 @@ def merge(
         align: A method of `match`; "universe", all at once by `match_many`; matchings that bring `models[1:]` into the
             order of the first; or None where they are in the same order already. By default "weights", or None where
             the networks have one `base`, whose order they have kept.
-        repair: None, or how to repair the statistics of the average: "auto", "reset", "rescale", …; see `repair`.
+        repair: None, or how to repair the average: "auto", "reset", "rescale" or "both"; see `repair`.
         repair_data: Batches to repair on; `fit_data` or else `data` by default.
         symmetry: The symmetry of the architecture; derived from `models[0]` by default. One that was not verified yet
             is, on the first batch.

@@ -138,6 +138,19 @@ def test_features_are_told_of_independent_matched_and_spawned_pairs(tmp_path: Pa
     assert all(row["found"]["layers"] for row in rows)
 
 
+def test_collapse_runs_small(tmp_path: Path) -> None:
+    file = tmp_path / "collapse.json"
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "collapse.py", "--quick", "--json", file],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(file.read_text())
+
+
 @pytest.mark.parametrize(
     ("script", "key"), [("repairing.py", "rows"), ("averaging.py", "cases"), ("zipping.py", "rows")]
 )

@@ -18,7 +18,7 @@ NEEDS = {
 ALIGN = {**NEEDS, "universe": ""}
 
 # Ways of repair.
-REPAIRS = ("auto", "reset", "rescale")
+REPAIRS = ("auto", "reset", "rescale", "both")
 
 # Per method of merging what it needs: the same, and a common parent where it works on what was added to one.
 MERGING = {

@@ -11,6 +11,8 @@ from typing import Any, overload
 
 import click
 
+from .methods import REPAIRS
+
 Command = Callable[..., Any]
 ArgFile = click.Path(
     path_type=Path
@@ -186,6 +188,6 @@ def repair_option(command: Command) -> Command:
     """Add `--repair`."""
     return click.option(
         "--repair",
-        type=click.Choice(["auto", "reset", "rescale"]),
+        type=click.Choice(REPAIRS),
         help="Restore activation statistics (REPAIR) on the training split.",
     )(command)

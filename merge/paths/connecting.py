@@ -51,7 +51,7 @@ def connect(
             leaves them.
         data: Batches with labels, to measure on.
         points: Number of equally spaced points, both ends included, at least 3; an odd number includes the midpoint.
-        repair: None, or how to repair each point: "auto", "reset" or "rescale"; see `repair`.
+        repair: None, or how to repair each point: "auto", "reset", "rescale" or "both"; see `repair`.
         metric: Function (outputs, targets) → mean over the batch, or one value for each sample; or several, by name.
             By default accuracy beside the default loss, and none beside another loss. The values of the first (of the
             one called "accuracy") are in `Path.accuracy`, its name in `Path.metric_name`; all are in `Path.metrics`.
@@ -124,7 +124,7 @@ def midpoint(
         model_b: Another of the same architecture, its units in the order of `model_a`.
         data: Batches with labels, to measure on.
         alpha: The place, if not halfway; strictly between 0 and 1.
-        repair: None, or how to repair the point: "auto", "reset" or "rescale"; see `repair`.
+        repair: None, or how to repair the point: "auto", "reset", "rescale" or "both"; see `repair`.
         metric: Function (outputs, targets); accuracy beside the default loss.
         loss: Such a function; cross entropy by default.
         repair_data: Batches to repair on; `data` by default.

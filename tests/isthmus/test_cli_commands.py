@@ -14,9 +14,10 @@ from isthmus.align import Matching
 from isthmus.align.nets.methods import METHODS
 from isthmus.base.files import load_state_dict, save_state_dict
 from isthmus.cli import main
-from isthmus.commands.methods import ALIGN, BASED, MERGING, NEEDS, UNALIGNED
+from isthmus.commands.methods import ALIGN, BASED, MERGING, NEEDS, REPAIRS, UNALIGNED
 from isthmus.merge import evaluate
 from isthmus.merge.methods import METHODS as MERGES
+from isthmus.merge.repairs.prepared import METHODS as HOW_TO_REPAIR
 from isthmus.report import HOW
 from isthmus.zoo import load_data, loader, mlp, resnet
 
@@ -169,6 +170,7 @@ def test_the_command_line_knows_every_method_of_merging_and_what_it_needs():
     assert tuple(name for name, method in MERGES.items() if method.base) == BASED
     assert tuple(name for name, method in MERGES.items() if not method.aligned) == UNALIGNED
     assert {name: need for name, need in ALIGN.items() if name != "universe"} == NEEDS
+    assert tuple(HOW_TO_REPAIR) == REPAIRS
 
 
 def test_match_takes_a_saved_symmetry_in_place_of_data(tmp_path, pair, run_json):
