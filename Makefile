@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-ROOMS := base zoo metrics align align/nets align/residual align/scales align/units align/widths merge merge/averages merge/layerwise merge/paths merge/repairs merge/spawning merge/task_vectors merge/zipping isthmus isthmus/commands
+ROOMS := base zoo metrics metrics/collapse align align/nets align/residual align/scales align/subclasses align/units align/widths merge merge/averages merge/layerwise merge/paths merge/repairs merge/spawning merge/task_vectors merge/zipping isthmus isthmus/commands
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .PHONY: demo test lint format bench survey studies notebooks clean
@@ -29,6 +29,11 @@ bench: $(VENV)/.linked
 	$(BIN)/python benchmarks/similarity.py
 	$(BIN)/python benchmarks/units.py
 	$(BIN)/python benchmarks/matching.py --networks build/networks
+	$(BIN)/python benchmarks/connectivity.py --networks build/networks
+	$(BIN)/python benchmarks/feature_connectivity.py --networks build/networks
+	$(BIN)/python benchmarks/repairing.py --networks build/networks
+	$(BIN)/python benchmarks/averaging.py --networks build/networks
+	$(BIN)/python benchmarks/zipping.py --networks build/networks
 
 # Both come without what they depend on: torchvision would bring another build of torch.
 survey: $(VENV)/.linked

@@ -30,6 +30,7 @@ class Features:
         inputs: (samples x entries), the inputs flattened; None where they were not asked for.
         layer: Name of the layer; "fc.input" for what goes into the classifier fc.
         weight: (classes x units), rows of the classifier, where these features go into it.
+        bias: (classes,), its bias; None without one.
     """
 
     values: Tensor
@@ -37,6 +38,7 @@ class Features:
     inputs: Tensor | None
     layer: str
     weight: Tensor | None = None
+    bias: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -104,7 +106,8 @@ def read_features(
     values, labels, pixels = kept.joined()
     name = layer if head is None else f"{head.name}.input" if head.name else "input"
     assert name is not None
-    return Features(values, labels, pixels, name, None if head is None else head.weight.cpu())
+    parts = (None, None) if head is None else (head.weight, head.bias)
+    return Features(values, labels, pixels, name, *(None if part is None else part.cpu() for part in parts))
 
 
 def _head(model: nn.Module, batch: Batch, classifier: str | None) -> Head:

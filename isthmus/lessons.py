@@ -76,18 +76,15 @@ class Teaching:
     Attributes:
         count: Pseudo-subclasses of each class.
         temperature: Of the teacher's and the student's outputs (Hinton et al. 2015).
-        sharpness: Temperature of the shares of pseudo-subclasses; small numbers make them nearly one-hot.
+        share_temperature: Temperature of the shares of pseudo-subclasses; small numbers make them nearly one-hot.
         hard: Share of the loss on labels.
         null_space: Take off what the teacher's classifier reads before directions are found.
         rotate: Turn principal directions, see `subclass_projection`.
-
-    Raises:
-        DataError: A temperature is not above zero.
     """
 
-    count: int = 4
-    temperature: float = 4.0
-    sharpness: float = 0.5
+    count: int = 2
+    temperature: float = 1.0
+    share_temperature: float = 0.3
     hard: float = 0.0
     null_space: bool = True
     rotate: bool = True
@@ -139,7 +136,7 @@ def lesson(
         rotate=teaching.rotate,
         seed=seed,
     )
-    shares = found.shares(seen.features, teaching.sharpness)
+    shares = found.shares(seen.features, teaching.share_temperature)
     if method == "dealt":
         shares = shares[_dealt(labels, seed)]
     return taught(images, (p[..., None] * shares).flatten(1), found.of_class)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -77,6 +77,15 @@ class SubclassStudy:
         text = f"{clusters} clusters inside {classes} classes agree with the fine labels to {own.purity:.1%}{beside}"
         return text.replace("%", " %")
 
+    @property
+    def caution(self) -> str | None:
+        """Say that these are hardly the classes that the network was trained on, where it gets most samples wrong."""
+        share = self.collapse.accuracy
+        if share is None or share >= 0.5:
+            return None
+        told = f"{share:.1%}".replace("%", " %")
+        return f"the network puts {told} of these samples into their class: was it trained on other classes, or groups?"
+
     def to_dict(self) -> dict[str, Any]:
         """Give the content as plain lists, numbers and strings for JSON."""
         parts = {name: getattr(self, name) for name in ("probe", "second", "matching", "angles")}
@@ -86,6 +95,7 @@ class SubclassStudy:
                 "class_names": self.class_names,
                 "fine_names": self.fine_names,
                 "collapse": self.collapse.to_dict(),
+                "caution": self.caution,
                 "found": self.found.to_dict(),
                 "agreements": {name: each.to_dict() for name, each in self.agreements.items()},
                 **{name: None if part is None else part.to_dict() for name, part in parts.items()},
@@ -170,10 +180,10 @@ def subclass_study(
     compared = _compare(_same(read(second, train), features, "the second network"), features.values, coarse, found,
                         cluster, dims, seed) if second is not None else (None, None, None)  # fmt: skip
     return SubclassStudy(
-        features=features,
+        features=replace(features, inputs=None),
         fine=fine,
         found=found,
-        collapse=collapse_values(features.values, coarse, weight=_fitting(features.weight, coarse)),
+        collapse=_collapse(features, coarse),
         agreements=agreements,
         probe=None if test is None else _probe(features, coarse, read(model, test), found, fine_names),
         second=compared[0],
@@ -238,8 +248,11 @@ def _same(features: Features, first: Features, name: str) -> Features:
     return features
 
 
-def _fitting(weight: Tensor | None, coarse: Tensor) -> Tensor | None:
-    return weight if weight is not None and len(weight) == int(coarse.max()) + 1 else None
+def _collapse(features: Features, coarse: Tensor) -> CollapseValues:
+    weight, bias = features.weight, features.bias
+    if weight is None or len(weight) != int(coarse.max()) + 1:
+        return collapse_values(features.values, coarse)
+    return collapse_values(features.values, coarse, weight=weight, bias=bias)
 
 
 def _compare(

@@ -31,6 +31,7 @@ def write_subclasses(
     measured_on: str = "the given data",
     tested_on: str = "the given test data",
     files: Mapping[str, PathLike] | None = None,
+    embedding: collapse_figures.Embedding = "tsne",
 ) -> Path:
     """Write everything about clusters inside classes into a folder.
 
@@ -43,14 +44,25 @@ def write_subclasses(
         measured_on: What the data is, for the page.
         tested_on: What the test data is.
         files: The files that were read, by what they are.
+        embedding: How the features are placed in the plane, see `collapse_figures.embedding`.
 
     Returns:
         The path of the page.
 
     Raises:
+        DataError: The package of the embedding is missing.
         OutputError: The folder cannot be written.
+
+    >>> import tempfile
+    >>> from isthmus.subclass_study import subclass_study
+    >>> from isthmus.zoo import load_data, loader, mlp
+    >>> data = loader(load_data("digits", "test", limit=60))
+    >>> found = subclass_study(mlp(64, (8,), classes=10, seed=0), data, count=1, project="none")
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_subclasses(found, folder).name
+    'report.html'
     """
-    drawn = dict(_drawn(study, tested_on))
+    drawn = dict(_drawn(study, tested_on, embedding))
     folder = make_folder(folder)
     content = {"measured_on": measured_on, **study.to_dict()}
     content |= {"files": describe_files(files or {}), "versions": versions()}
@@ -139,10 +151,10 @@ def _lead(study: SubclassStudy, measured_on: str, tested_on: str) -> str:
         text += " Clusters say something of the network only where they beat those of the raw inputs."
     if study.probe is not None:
         text += f" A linear probe learned the clusters and was tested on {tested_on}."
-    return text
+    return text if study.caution is None else f"{text} Caution: {study.caution}"
 
 
-def _drawn(study: SubclassStudy, tested_on: str) -> Iterator[tuple[str, Drawn]]:
+def _drawn(study: SubclassStudy, tested_on: str, embedding: collapse_figures.Embedding) -> Iterator[tuple[str, Drawn]]:
     names, fine_names = study.class_names, study.fine_names or None
     caption = "Each class in the first two coordinates by which its samples were clustered"
     more = len(study.found.names) > collapse_figures.PANELS
@@ -158,7 +170,7 @@ def _drawn(study: SubclassStudy, tested_on: str) -> Iterator[tuple[str, Drawn]]:
         size = _size(len(study.probe.table), len(study.probe.table))
         yield "probe", (collapse_figures.plotted_figure(study.probe.plot, size), "Probe of the clusters", caption)
     yield from _second(study)
-    yield from feature_pictures(*_part(study), seed=int(study.settings["seed"]))
+    yield from feature_pictures(*_part(study), embedding=embedding, seed=int(study.settings["seed"]))
 
 
 def _second(study: SubclassStudy) -> Iterator[tuple[str, Drawn]]:

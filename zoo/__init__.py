@@ -2,6 +2,7 @@
 
 from .coarse import Coarse, coarsen, pairs_of
 from .data import DATASETS, Dataset, Loader, load_data, loader
+from .distillation import SoftTargets, Subclassed, Taught, sum_subclasses, taught
 from .networks import NETWORKS, all_cnn, build, mlp, vgg
 from .recipe import RECIPES, Recipe, RecipeError
 from .resnet import resnet
@@ -21,6 +22,9 @@ __all__ = [
     "Loader",
     "Recipe",
     "RecipeError",
+    "SoftTargets",
+    "Subclassed",
+    "Taught",
     "Text",
     "TextLoader",
     "all_cnn",
@@ -34,6 +38,8 @@ __all__ = [
     "pairs_of",
     "resnet",
     "steps_in",
+    "sum_subclasses",
+    "taught",
     "train",
     "train_until",
     "transformer",

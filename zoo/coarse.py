@@ -56,7 +56,8 @@ def coarsen(
         dataset: With fine labels.
         groups: The fine classes of each coarse one, all of them once; or `"neighbours"` (0 and 1, 2 and 3, …),
             `"random"` pairs, `"similar"` or `"dissimilar"` pairs (by the cosine of the class means of pixels, in all
-            the greatest or the least), or `"superclasses"`, for the data sets that have some.
+            the greatest or the least), or `"superclasses"`, for the data sets that have some. For a test set pass the
+            `groups` of the training set: what is similar there need not be so here.
         seed: Of random pairs and of `by_sample`.
         by_sample: A control: as many images get each coarse label, but which ones is drawn, whatever their class.
 

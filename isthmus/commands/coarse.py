@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +63,27 @@ def coarse_option(command: Command) -> Command:
         help=f"The network was trained on groups of classes: pairs, {', '.join(_KNOWN)}; or a JSON file or text such "
         "as [[0,1],[2,3]].",
     )(command)
+
+
+def embedding_option(command: Command) -> Command:
+    """Add `--embedding`."""
+    return click.option(
+        "--embedding",
+        type=click.Choice(["tsne", "umap"]),
+        default="tsne",
+        show_default=True,
+        help="How the report places features in the plane; umap needs the package umap-learn.",
+    )(command)
+
+
+def check_embedding(name: str) -> None:
+    """Refuse an embedding whose package is missing, before any work.
+
+    Raises:
+        click.UsageError: It is.
+    """
+    if name == "umap" and find_spec("umap") is None:
+        raise click.UsageError("--embedding umap needs the package umap-learn: pip install 'isthmus[umap]'")
 
 
 @dataclass(frozen=True)

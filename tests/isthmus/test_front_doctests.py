@@ -10,6 +10,7 @@ import pytest
         "isthmus",
         "isthmus.cli",
         "isthmus.plain",
+        "isthmus.distillation",
         "isthmus.recipe",
         "isthmus.recipe_lines",
         "isthmus.recipe_text",

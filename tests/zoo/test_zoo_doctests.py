@@ -13,6 +13,7 @@ import pytest
         "cifar",
         "coarse",
         "data",
+        "distillation",
         "idx",
         "networks",
         "norms",
