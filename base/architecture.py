@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 
 import torch
@@ -17,6 +18,18 @@ def full_state(model: nn.Module) -> dict[str, Tensor]:
     state: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     state.update(model.named_buffers(remove_duplicate=False))
     return {name: tensor.detach() for name, tensor in state.items()}
+
+
+def shared_parameters(model: nn.Module) -> set[int]:
+    """Give the `id` of each parameter that more than one module of a model holds as its own.
+
+    >>> embedding, decoder = nn.Embedding(3, 2), nn.Linear(2, 3, bias=False)
+    >>> decoder.weight = embedding.weight
+    >>> shared_parameters(nn.Sequential(embedding, decoder)) == {id(embedding.weight)}
+    True
+    """
+    owned = [id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False)]
+    return {each for each, count in Counter(owned).items() if count > 1}
 
 
 def check_same_architecture(a: State, b: State, names: tuple[str, str] = ("a", "b")) -> None:

@@ -237,9 +237,19 @@ def measure_name(measure: Measure) -> str:
     return getattr(measure, "__name__", type(measure).__name__)
 
 
-def _logits(outputs: Any) -> Tensor:
+def find_logits(outputs: Any) -> Tensor | None:
+    """Find the logits in what a network gave: itself, its entry or its attribute `logits`; None if none is a tensor.
+
+    >>> find_logits({"logits": torch.zeros(2), "loss": torch.ones(())})
+    tensor([0., 0.])
+    """
     found = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", outputs)
-    if not isinstance(found, Tensor) or found.ndim == 0:
+    return found if isinstance(found, Tensor) else None
+
+
+def _logits(outputs: Any) -> Tensor:
+    found = find_logits(outputs)
+    if found is None or found.ndim == 0:
         raise DataError(
             f"the network's output is a {type(outputs).__name__}, in which there are no logits; "
             "pass loss= and metric= functions of (outputs, targets)"

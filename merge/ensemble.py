@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..base.batches import Batch, Data, batches, model_device
 from ..base.errors import ArchitectureError, DataError, nearest
-from ..base.evaluation import Evaluation, Measure, Totals, choose_measures
+from ..base.evaluation import Evaluation, Measure, Totals, choose_measures, find_logits
 from ..base.interpolation import normalised
 from ..base.running import evaluating, on_device
 
@@ -142,8 +142,8 @@ class _Given(nn.Module):
 
 
 def _logits(output: Any) -> Tensor:
-    found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
-    if not isinstance(found, Tensor) or not found.ndim:
+    found = find_logits(output)
+    if found is None or not found.ndim:
         raise DataError(
             f"a network's output is a {type(output).__name__}, in which there are no logits; use average='outputs', "
             "or a loss of your own"

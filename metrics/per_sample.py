@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.func import functional_call, vjp, vmap
 
 from ..base.batches import Batch
 from ..base.errors import DataError
+from ..base.evaluation import find_logits
 
 Gradients = dict[str, Tensor]
 
@@ -119,8 +120,8 @@ def logits(outputs: Any) -> Tensor:
     Raises:
         DataError: There are none.
     """
-    found = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", outputs)
-    if not isinstance(found, Tensor) or found.ndim < 2:
+    found = find_logits(outputs)
+    if found is None or found.ndim < 2:
         raise DataError(
             f"the network's output is a {type(outputs).__name__}, in which there is no tensor (inputs, …, classes); "
             "wrap the network in one that gives its logits"

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...base.architecture import shared_parameters
 from ...base.batches import Batch, Data, require_repeatable
 from ...base.errors import ArchitectureError, DataError, NotFiniteError
 from ...base.finite import all_finite
@@ -72,13 +73,10 @@ def solvable(model: nn.Module) -> tuple[dict[str, Layer], dict[str, str]]:
     >>> list(layers), others
     (['1'], {'0': 'a weight of Embedding is no matrix that acts on inputs'})
     """
-    owners: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    shared = shared_parameters(model)
     layers, others = {}, {}
     for name, module in model.named_modules():
-        reason = None if "parametrizations" in name.split(".") else _reason(module, owners)
+        reason = None if "parametrizations" in name.split(".") else _reason(module, shared)
         if reason == "":
             layers[name] = module
         elif reason is not None:
@@ -92,7 +90,7 @@ def solvable(model: nn.Module) -> tuple[dict[str, Layer], dict[str, str]]:
     return layers, others
 
 
-def _reason(module: nn.Module, owners: Mapping[int, int]) -> str | None:
+def _reason(module: nn.Module, shared: set[int]) -> str | None:
     """Say why not; "" for a layer that can be solved for, None for a module without weights."""
     kind = type(module).__name__
     if not isinstance(module, _KINDS):
@@ -106,7 +104,7 @@ def _reason(module: nn.Module, owners: Mapping[int, int]) -> str | None:
         for method in ("forward", "_conv_forward")
     ):
         return f"{kind} computes something of its own"
-    if any(owners[id(parameter)] > 1 for parameter in module.parameters(recurse=False)):
+    if any(id(parameter) in shared for parameter in module.parameters(recurse=False)):
         return "it shares its weight with another module"
     return ""
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import _WeightNorm
 
+from ...base.architecture import shared_parameters
 from ...base.batch_norm import batch_norms
 from ...base.errors import ArchitectureError
 from .sites import (
@@ -39,7 +40,7 @@ def unit_sites(model: nn.Module, batch_norm_outputs: bool = False) -> list[UnitS
     """
     inside = {id(m.out_proj) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
     reset = {id(norm) for norm in batch_norms(model).values()}
-    owners = _owners(model)
+    shared = shared_parameters(model)
     found: list[UnitSite] = []
     for name, module in model.named_modules():
         if id(module) in inside:
@@ -48,19 +49,11 @@ def unit_sites(model: nn.Module, batch_norm_outputs: bool = False) -> list[UnitS
             found += _batch_norm(name, module) if batch_norm_outputs else []
             continue
         sites = list(_sites(name, module))
-        if any(owners[id(parameter)] > 1 for parameter in module.parameters(recurse=False)):
+        if any(id(parameter) in shared for parameter in module.parameters(recurse=False)):
             for site in sites:
                 site.fixed = "its weight is shared"
         found += sites
     return found
-
-
-def _owners(model: nn.Module) -> dict[int, int]:
-    owners: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-    return owners
 
 
 def _sites(name: str, module: nn.Module) -> Iterator[UnitSite]:

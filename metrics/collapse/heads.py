@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from ...base.batches import Batch
 from ...base.errors import DataError, LayerNotFoundError, NotFiniteError, nearest
+from ...base.evaluation import find_logits
 from ...base.finite import all_finite
 from ..capture import capture
 
@@ -111,8 +111,8 @@ def _is_pointwise(module: nn.Module) -> bool:
 
 
 def _logits(outputs: Any) -> Tensor | None:
-    found = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", outputs)
-    return found if isinstance(found, Tensor) and found.is_floating_point() else None
+    found = find_logits(outputs)
+    return found if found is not None and found.is_floating_point() else None
 
 
 def _gives(output: Tensor, logits: Tensor) -> bool:
